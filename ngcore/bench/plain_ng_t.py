@@ -1,0 +1,176 @@
+"""NG-T written the plain way: dense n x n edge states, queries, keys and values materialized for all pairs.
+
+It states the model independently of `ngcore.models.NGT`, which is tested and timed against it. Parameters
+carry the same names, so that either loads the other's `state_dict()`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from ngcore.bench.plain_ng_gnn import NUM_FREQUENCIES, Probe, fourier, position_rows
+from ngcore.graph import NeuralGraph, Wiring
+
+NODE_WIDTH = 64
+EDGE_WIDTH = 32
+ATTENTION_WIDTH = 128
+NUM_HEADS = 4
+NUM_LAYERS = 4
+SIGMA = 1.0
+
+
+def adjacency(wiring: Wiring) -> Bool[Tensor, "target source"]:
+    """True where the wiring has an edge."""
+    mask = torch.zeros(wiring.num_nodes, wiring.num_nodes, dtype=torch.bool)
+    for block in wiring.blocks:
+        mask[_rows(wiring, block.target), _rows(wiring, block.source)] = True
+    return mask
+
+
+def _rows(wiring: Wiring, group: int) -> slice:
+    return slice(wiring.offsets[group], wiring.offsets[group + 1])
+
+
+class Encoder(nn.Module):
+    """Biases to node states, weights to the states of all pairs (paper, section 3)."""
+
+    def __init__(self, wiring: Wiring, probes: int) -> None:
+        super().__init__()
+        self.wiring = wiring
+        self.register_buffer("adjacency", adjacency(wiring), persistent=False)
+        self.register_buffer("position_rows", position_rows(wiring), persistent=False)
+        self.register_buffer("node_mean", torch.zeros(len(wiring.groups)))
+        self.register_buffer("node_std", torch.ones(len(wiring.groups)))
+        self.register_buffer("edge_mean", torch.zeros(len(wiring.blocks)))
+        self.register_buffer("edge_std", torch.ones(len(wiring.blocks)))
+        self.register_buffer("node_frequencies", SIGMA * torch.randn(1, NUM_FREQUENCIES))
+        self.register_buffer("edge_frequencies", SIGMA * torch.randn(1, NUM_FREQUENCIES))
+        self.node_fourier = nn.Linear(2 * NUM_FREQUENCIES, NODE_WIDTH)
+        self.edge_fourier = nn.Linear(2 * NUM_FREQUENCIES, EDGE_WIDTH)
+        self.node_linear = nn.Linear(NODE_WIDTH, NODE_WIDTH)
+        self.edge_linear = nn.Linear(EDGE_WIDTH, EDGE_WIDTH)
+        self.positions = nn.Parameter(torch.randn(int(self.position_rows.max()) + 1, NODE_WIDTH))
+        if probes > 0:
+            self.probe = Probe(wiring, probes, NODE_WIDTH)
+
+    def forward(
+        self, graph: NeuralGraph
+    ) -> tuple[Float[Tensor, "batch n node_width"], Float[Tensor, "batch n n edge_width"]]:
+        """Shapes: edge states (batch, target, source, edge width)."""
+        nodes = self.node_fourier(fourier(self.standardized_biases(graph), self.node_frequencies))
+        if hasattr(self, "probe"):
+            weights = [edges.squeeze(-1) for edges in graph.edges]
+            biases = [group.squeeze(-1) for group in graph.nodes[1:]]
+            nodes = nodes + self.probe(weights, biases)
+        nodes = self.node_linear(nodes) + self.positions[self.position_rows]
+
+        encoding = fourier(self.standardized_weights(graph), self.edge_frequencies)
+        # a weight of zero is still an edge: what is none is known from the wiring alone
+        encoding = encoding * self.adjacency.unsqueeze(-1)
+        return nodes, self.edge_linear(self.edge_fourier(encoding))
+
+    def standardized_biases(self, graph: NeuralGraph) -> Float[Tensor, "batch n 1"]:
+        """Biases of all nodes; 0 at the input nodes, which have none."""
+        biases = [torch.zeros_like(graph.nodes[0])]
+        for g in range(1, len(graph.nodes)):
+            biases.append((graph.nodes[g] - self.node_mean[g]) / self.node_std[g])
+        return torch.cat(biases, dim=1)
+
+    def standardized_weights(self, graph: NeuralGraph) -> Float[Tensor, "batch n n 1"]:
+        """Weights of all pairs (target, source); 0 where there is no edge."""
+        num_nodes = self.wiring.num_nodes
+        dense = graph.edges[0].new_zeros(graph.num_networks, num_nodes, num_nodes, 1)
+        for b, block in enumerate(self.wiring.blocks):
+            target, source = _rows(self.wiring, block.target), _rows(self.wiring, block.source)
+            dense[:, target, source] = (graph.edges[b] - self.edge_mean[b]) / self.edge_std[b]
+        return dense
+
+
+class Layer(nn.Module):
+    """Relational attention over all pairs (paper, equation 5); all but the last also update the edges."""
+
+    def __init__(self, dropout: float, last: bool) -> None:
+        super().__init__()
+        self.last = last
+        self.dropout = nn.Dropout(dropout)
+        self.node_qkv = nn.Linear(NODE_WIDTH, 3 * ATTENTION_WIDTH, bias=False)
+        self.edge_qkss = nn.Linear(EDGE_WIDTH, 4 * ATTENTION_WIDTH, bias=False)
+        self.attention_output = nn.Linear(ATTENTION_WIDTH, NODE_WIDTH)
+        self.attention_linear = nn.Linear(NODE_WIDTH, NODE_WIDTH)
+        self.node_norm1 = nn.LayerNorm(NODE_WIDTH)
+        self.node_feed1 = nn.Linear(NODE_WIDTH, 2 * NODE_WIDTH, bias=False)
+        self.node_feed2 = nn.Linear(2 * NODE_WIDTH, NODE_WIDTH)
+        self.node_norm2 = nn.LayerNorm(NODE_WIDTH)
+        if not last:
+            self.edge_pair = nn.Linear(2 * EDGE_WIDTH, 2 * EDGE_WIDTH)
+            self.edge_source = nn.Linear(NODE_WIDTH, 2 * EDGE_WIDTH)
+            self.edge_target = nn.Linear(NODE_WIDTH, 2 * EDGE_WIDTH)
+            self.edge_output = nn.Linear(2 * EDGE_WIDTH, EDGE_WIDTH)
+            self.edge_norm1 = nn.LayerNorm(EDGE_WIDTH)
+            self.edge_feed1 = nn.Linear(EDGE_WIDTH, 2 * EDGE_WIDTH, bias=False)
+            self.edge_feed2 = nn.Linear(2 * EDGE_WIDTH, EDGE_WIDTH)
+            self.edge_norm2 = nn.LayerNorm(EDGE_WIDTH)
+
+    def forward(
+        self, nodes: Float[Tensor, "batch n node_width"], edges: Float[Tensor, "batch n n edge_width"]
+    ) -> tuple[Float[Tensor, "batch n node_width"], Float[Tensor, "batch n n edge_width"]]:
+        attended = self.attention_linear(self.attention_output(self.attend(nodes, edges)))
+        nodes = self.node_norm1(nodes + self.dropout(attended))
+        nodes = self.node_norm2(nodes + self.dropout(self.node_feed2(F.gelu(self.node_feed1(nodes)))))
+        if not self.last:
+            edges = self.update_edges(nodes, edges)
+        return nodes, edges
+
+    def attend(
+        self, nodes: Float[Tensor, "batch n node_width"], edges: Float[Tensor, "batch n n edge_width"]
+    ) -> Float[Tensor, "batch n attention_width"]:
+        """Every node's attention over all nodes, heads concatenated."""
+        query, key, value = (x.unflatten(-1, (NUM_HEADS, -1)) for x in self.node_qkv(nodes).chunk(3, dim=-1))
+        edge_query, edge_key, shift, scale = (
+            x.unflatten(-1, (NUM_HEADS, -1)) for x in self.edge_qkss(edges).chunk(4, dim=-1)
+        )
+        query = query.unsqueeze(2) + edge_query  # (batch, i, j, heads, head width)
+        key = key.unsqueeze(1) + edge_key
+        value = scale * value.unsqueeze(1) + shift
+        score = (query * key).sum(dim=-1) / math.sqrt(query.shape[-1])
+        attention = score.softmax(dim=2)
+        return (attention.unsqueeze(-1) * value).sum(dim=2).flatten(-2)
+
+    def update_edges(
+        self, nodes: Float[Tensor, "batch n node_width"], edges: Float[Tensor, "batch n n edge_width"]
+    ) -> Float[Tensor, "batch n n edge_width"]:
+        """New states of all pairs, from both directions of a pair and its two nodes."""
+        pair = self.edge_pair(torch.cat([edges, edges.transpose(1, 2)], dim=-1))
+        source, target = self.edge_source(nodes).unsqueeze(1), self.edge_target(nodes).unsqueeze(2)
+        edges = self.edge_norm1(edges + self.dropout(self.edge_output(F.gelu(pair + source + target))))
+        return self.edge_norm2(edges + self.dropout(self.edge_feed2(F.gelu(self.edge_feed1(edges)))))
+
+
+class PlainNGT(nn.Module):
+    """NG-T classifier of MLPs: a relational transformer over the nodes (paper, equation 5).
+
+    376,586 parameters for 2-32-32-1 networks and 10 classes.
+    """
+
+    def __init__(self, wiring: Wiring, num_classes: int, *, probes: int = 0, dropout: float = 0.2) -> None:
+        super().__init__()
+        self.num_outputs = wiring.groups[-1].size
+        self.encoder = Encoder(wiring, probes)
+        self.layers = nn.ModuleList(Layer(dropout, last=k == NUM_LAYERS - 1) for k in range(NUM_LAYERS))
+        self.head = nn.Sequential(
+            nn.Linear(self.num_outputs * NODE_WIDTH, 2 * NODE_WIDTH),
+            nn.ReLU(),
+            nn.Linear(2 * NODE_WIDTH, num_classes),
+        )
+
+    def forward(self, graph: NeuralGraph) -> Float[Tensor, "batch classes"]:
+        """Logits of a batch of networks."""
+        nodes, edges = self.encoder(graph)
+        for layer in self.layers:
+            nodes, edges = layer(nodes, edges)
+        return self.head(nodes[:, -self.num_outputs :].flatten(1))

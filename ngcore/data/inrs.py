@@ -1,0 +1,184 @@
+"""Sets of INRs fitted to an image set: fitted here, stored in shards, found again.
+
+A set is a pure function of its recipe. It lives in `<cache>/inrs/<recipe>/`, one safetensors file per SHARD networks,
+each written whole or not at all, so that a killed fit goes on with the shard that it was at.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ngcore.data import siren
+from ngcore.data.images import load_images
+
+SHARD = 256  # networks per file
+BATCH = {"cpu": 16, "cuda": SHARD}  # networks per tensor program: on a CPU the working set stays in its cache
+
+# (weights, biases) standard deviations per layer over the published training sets (data/README.md)
+PUBLISHED_STD = {
+    "mnist": ((0.0628, 0.0183, 0.1179), (0.0213, 0.0110, 0.0999)),
+    "fashion_mnist": ((0.0782, 0.0324, 0.1345), (0.0286, 0.0167, 0.0960)),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a set of INRs is: the images it renders, in the order of their split, and how it was fitted."""
+
+    dataset: str
+    split: str
+    steps: int
+    learning_rate: float
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.dataset}_{self.split}_{self.steps}steps_lr{self.learning_rate:g}_seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class INRSet:
+    """INRs with what they render.
+
+    Shapes:
+        parameters: `layers.<i>.weight` (n, out, in), `layers.<i>.bias` (n, out)
+        labels, index: (n,) class of the image and its position in the official split
+        psnr: (n,) dB
+    """
+
+    parameters: dict[str, Tensor]
+    labels: Int[Tensor, " n"]
+    index: Int[Tensor, " n"]
+    psnr: Float[Tensor, " n"]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, rows: slice) -> INRSet:
+        parameters = {name: tensor[rows] for name, tensor in self.parameters.items()}
+        return INRSet(parameters, self.labels[rows], self.index[rows], self.psnr[rows])
+
+    def to(self, device: str) -> INRSet:
+        parameters = {name: tensor.to(device) for name, tensor in self.parameters.items()}
+        return INRSet(parameters, self.labels.to(device), self.index.to(device), self.psnr.to(device))
+
+
+def layer_statistics(inrs: INRSet) -> list[tuple[str, float, float]]:
+    """(parameter, mean, standard deviation) over the set, to be held against PUBLISHED_STD."""
+    return [(name, values.mean().item(), values.std().item()) for name, values in inrs.parameters.items()]
+
+
+def _read_shard(path: Path) -> INRSet:
+    try:
+        tensors = load_file(path)
+        inrs = INRSet(
+            {name: tensors[name] for name in siren.SHAPES},
+            tensors["labels"],
+            tensors["index"],
+            tensors["psnr"],
+        )
+    except (SafetensorError, KeyError, OSError) as error:
+        raise ValueError(f"{path} is not a shard of INRs ({error}); delete it and fit again") from error
+    for name, shape in siren.SHAPES.items():
+        values = inrs.parameters[name]
+        if tuple(values.shape) != (len(inrs), *shape):
+            raise ValueError(f"{path}: {name} has shape {tuple(values.shape)}, not ({len(inrs)}, *{shape})")
+        if not torch.isfinite(values).all():
+            raise ValueError(
+                f"{path}: {name} holds values that are not finite; delete the file and fit again"
+            )
+    return inrs
+
+
+def _write_shard(path: Path, inrs: INRSet) -> None:
+    tensors = dict(inrs.parameters) | {"labels": inrs.labels, "index": inrs.index, "psnr": inrs.psnr}
+    partial = path.with_suffix(f".partial{os.getpid()}")
+    try:
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _fit_rows(recipe: Recipe, images, rows: range, device: str, compiled: bool) -> INRSet:
+    """Fit one batch; the compiled program has one shape, so a short batch repeats its last image."""
+    size = BATCH[torch.device(device).type]
+    padded = [min(i, rows[-1]) for i in range(rows[0], rows[0] + size)] if compiled else list(rows)
+    pixels = images.pixels[padded].to(device).float() / 255
+    initial = siren.initialize(images.index[padded].tolist(), recipe.seed).to(device)
+    fit = siren.fit_sirens(
+        pixels, initial, steps=recipe.steps, learning_rate=recipe.learning_rate, compiled=compiled
+    )
+    keep = slice(0, len(rows))
+    parameters = {name: values[keep].cpu() for name, values in fit.parameters.items()}
+    at = slice(rows[0], rows[-1] + 1)
+    return INRSet(parameters, images.labels[at], images.index[at], fit.psnr[keep].cpu())
+
+
+def _concatenate(parts: list[INRSet]) -> INRSet:
+    return INRSet(
+        {name: torch.cat([part.parameters[name] for part in parts]) for name in siren.SHAPES},
+        torch.cat([part.labels for part in parts]),
+        torch.cat([part.index for part in parts]),
+        torch.cat([part.psnr for part in parts]),
+    )
+
+
+def fit_set(
+    recipe: Recipe, count: int, cache: Path, *, device: str = "cpu", workers: int = 1, compiled: bool = False
+) -> INRSet:
+    """The first `count` INRs of a recipe: read where stored, fitted and stored where not.
+
+    Args:
+        workers: batches fitted at a time, each on one core. Two single-threaded fits beat one on two threads.
+
+    Raises:
+        ValueError: a stored shard is damaged; the error names the file.
+        OSError: the cache can't be written.
+    """
+    images = load_images(recipe.dataset, recipe.split, count, cache=cache)
+    directory = cache / "inrs" / recipe.name
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1))
+    size = BATCH[torch.device(device).type]
+    shards = []
+    for first in range(0, count, SHARD):
+        rows = range(first, min(first + SHARD, count))
+        shards.append((directory / f"{first:06d}_{rows[-1]:06d}.safetensors", rows))
+    missing = [(path, rows) for path, rows in shards if not path.exists()]
+    with tqdm(
+        total=sum(len(rows) for _, rows in missing),
+        desc=f"fitting INRs ({recipe.dataset}, {recipe.split})",
+        unit="INR",
+        disable=not missing,
+    ) as bar:
+        fitted, total_psnr = 0, 0.0
+
+        def fit_rows(rows: range) -> INRSet:
+            nonlocal fitted, total_psnr
+            torch.set_num_threads(max(1, threads // workers))
+            part = _fit_rows(recipe, images, rows, device, compiled)
+            fitted, total_psnr = fitted + len(part), total_psnr + part.psnr.sum().item()
+            bar.update(len(part))
+            bar.set_postfix_str(f"mean PSNR {total_psnr / fitted:.2f} dB")
+            return part
+
+        threads = torch.get_num_threads()
+        torch.set_num_threads(max(1, threads // workers))
+        with ThreadPoolExecutor(workers) as pool:
+            for path, rows in missing:
+                batches = [rows[i : i + size] for i in range(0, len(rows), size)]
+                _write_shard(path, _concatenate(list(pool.map(fit_rows, batches))))
+        torch.set_num_threads(threads)
+    return _concatenate([_read_shard(path) for path, _ in shards])

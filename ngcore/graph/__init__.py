@@ -1,0 +1,7 @@
+"""Neural graphs: the wiring of a network, its weights laid in, and the symmetries of both."""
+
+from ngcore.graph.neural_graph import NeuralGraph
+from ngcore.graph.symmetry import permute, random_permutations
+from ngcore.graph.wiring import Block, Group, Wiring, mlp
+
+__all__ = ["Block", "Group", "NeuralGraph", "Wiring", "mlp", "permute", "random_permutations"]

@@ -1,0 +1,86 @@
+"""The MLP on flattened parameters, and the standardized parameters that every baseline reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ngcore.graph import NeuralGraph, Wiring
+from ngcore.models.encoder import Standardize
+
+
+class ParameterReader(nn.Module):
+    """A model that reads the parameters of networks of one wiring, standardized as the graph models do it."""
+
+    def __init__(self, wiring: Wiring) -> None:
+        super().__init__()
+        self.wiring = wiring
+        self.normalization = Standardize(wiring)
+
+    def fit_normalization(self, graph: NeuralGraph) -> None:
+        """Store the statistics of a training set: one mean and one std per weight matrix and per bias vector.
+
+        Until then parameters are read as they are.
+
+        Raises:
+            ValueError: a parameter holds NaN or infinity, or the graph is of another wiring.
+        """
+        self._check_wiring(graph)
+        self.normalization.fit(graph)
+
+    def standardized(self, graph: NeuralGraph) -> dict[str, Tensor]:
+        """The standardized parameters by name, in the order of `wiring.shapes`.
+
+        Shapes: (batch, target, source) for weights, (batch, target) for biases.
+
+        Raises:
+            ValueError: the graph is of another wiring.
+        """
+        self._check_wiring(graph)
+        return self.normalization(graph).state_dict()
+
+    def _check_wiring(self, graph: NeuralGraph) -> None:
+        if graph.wiring != self.wiring:
+            raise ValueError(
+                f"{type(self).__name__} was built for {_describe(self.wiring)}, this graph is of "
+                f"{_describe(graph.wiring)}: build the model with the graph's own wiring"
+            )
+
+
+def _describe(wiring: Wiring) -> str:
+    return f"layers of {[group.size for group in wiring.groups]} neurons ({wiring.groups[1].activation})"
+
+
+def perceptron(sizes: Sequence[int], dropout: float) -> nn.Sequential:
+    """Linear layers with batch norm, ReLU and dropout between them; `sizes` runs from input to output."""
+    layers: list[nn.Module] = []
+    for size_in, size_out in pairwise(sizes[:-1]):
+        layers += [nn.Linear(size_in, size_out), nn.BatchNorm1d(size_out), nn.ReLU(), nn.Dropout(dropout)]
+    return nn.Sequential(*layers, nn.Linear(*sizes[-2:]))
+
+
+class MLP(ParameterReader):
+    """All parameters as one vector through an MLP: the baseline of Navon et al. (2023) that ignores symmetry.
+
+    The paper states neither depth nor width. The defaults, three hidden layers of 256, give 439,306
+    parameters for ten classes of 2-32-32-1 INRs: between NG-GNN (331,466) and DWSNet (about 550,000).
+    """
+
+    def __init__(
+        self, wiring: Wiring, num_classes: int, *, width: int = 256, depth: int = 3, dropout: float = 0.2
+    ) -> None:
+        super().__init__(wiring)
+        num_parameters = sum(torch.Size(shape).numel() for shape in wiring.shapes.values())
+        self.classifier = perceptron([num_parameters, *[width] * depth, num_classes], dropout)
+
+    def forward(self, graph: NeuralGraph) -> Float[Tensor, "batch classes"]:
+        return self.classifier(flatten(self.standardized(graph)))
+
+
+def flatten(parameters: dict[str, Tensor]) -> Float[Tensor, "batch parameters"]:
+    """Every entry of every parameter tensor, behind one batch axis."""
+    return torch.cat([values.flatten(1) for values in parameters.values()], dim=1)

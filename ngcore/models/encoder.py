@@ -1,0 +1,147 @@
+"""From a neural graph's numbers to the first states of its nodes and edges, as NG-GNN and NG-T both read them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ngcore.graph import NeuralGraph, Wiring
+from ngcore.graph.simulate import activations
+
+FREQUENCIES = 128
+
+
+def fourier_features(x: Float[Tensor, "*batch 1"], frequencies: Float[Tensor, " k"]) -> Float[Tensor, "*batch 2*k"]:
+    """Gaussian Fourier features [cos(2π x B), sin(2π x B)] (Tancik et al. 2020) of one scalar."""
+    phase = (2 * math.pi) * x * frequencies
+    return torch.cat([phase.cos(), phase.sin()], dim=-1)
+
+
+class Standardize(nn.Module):
+    """One mean and standard deviation per layer, weights and biases apart (paper, section 2.4, Normalization).
+
+    Buffers, so that they are stored with a model: `node_mean`, `node_std` per group, `edge_mean`, `edge_std` per block.
+    Until `fit` they are the identity. Groups without biases stay at zero.
+    """
+
+    def __init__(self, wiring: Wiring) -> None:
+        super().__init__()
+        for kind, count in (("node", len(wiring.groups)), ("edge", len(wiring.blocks))):
+            self.register_buffer(f"{kind}_mean", torch.zeros(count))
+            self.register_buffer(f"{kind}_std", torch.ones(count))
+
+    def fit(self, graph: NeuralGraph) -> None:
+        """Take the statistics of a training set.
+
+        Raises:
+            ValueError: a parameter holds NaN or infinity; the error names it.
+        """
+        for name, values in graph.state_dict().items():
+            if not torch.isfinite(values).all():
+                network = int(torch.nonzero(~torch.isfinite(values))[0, 0])
+                raise ValueError(f"parameter {name} of network {network} is not finite")
+        for b, edges in enumerate(graph.edges):
+            self.edge_mean[b], self.edge_std[b] = edges.mean(), spread(edges)
+        for g, (group, nodes) in enumerate(zip(graph.wiring.groups, graph.nodes, strict=True)):
+            if group.bias is not None:
+                self.node_mean[g], self.node_std[g] = nodes.mean(), spread(nodes)
+
+    def forward(self, graph: NeuralGraph) -> NeuralGraph:
+        nodes = (
+            (x - mean) / std for x, mean, std in zip(graph.nodes, self.node_mean, self.node_std, strict=True)
+        )
+        edges = (
+            (x - mean) / std for x, mean, std in zip(graph.edges, self.edge_mean, self.edge_std, strict=True)
+        )
+        return NeuralGraph(graph.wiring, tuple(nodes), tuple(edges))
+
+
+def spread(values: Tensor) -> Tensor:
+    """Standard deviation to divide by: 1 where all values are the same."""
+    std = values.std(correction=0)
+    return torch.where(std > 0, std, 1.0)
+
+
+class ProbeFeatures(nn.Module):
+    """Activations of the input network at learned inputs, projected per layer (paper, equation 2).
+
+    `points` (M, inputs) starts uniform in [-1, 1]: the range of an INR's coordinates.
+    """
+
+    def __init__(self, wiring: Wiring, count: int, width: int) -> None:
+        super().__init__()
+        (source,) = wiring.with_role("input")
+        self.points = nn.Parameter(torch.empty(count, wiring.groups[source].size).uniform_(-1, 1))
+        self.project = nn.ModuleList(nn.Linear(count, width) for _ in wiring.groups)
+        self.norm = nn.ModuleList(nn.LayerNorm(width) for _ in wiring.groups)
+
+    def forward(self, graph: NeuralGraph) -> Float[Tensor, "batch nodes width"]:
+        values = activations(graph, self.points)
+        return torch.cat(
+            [norm(project(x)) for x, project, norm in zip(values, self.project, self.norm, strict=True)], dim=1
+        )
+
+
+class Encoder(nn.Module):
+    """First states of nodes, and the Fourier features that the models turn into first states of edges.
+
+    Biases and weights are standardized per layer and pass Gaussian Fourier features and two Linears; probe features
+    join the nodes between the two, positional embeddings after them.
+
+    Args:
+        edge_features: scalars per edge: 3 for [e, eᵀ, e + eᵀ], 1 for e alone.
+        sigma: standard deviation of the Fourier frequencies.
+        probes: number of probe points, 0 for none.
+        positions: give nodes their positional embeddings (paper, section 2.4).
+    """
+
+    def __init__(
+        self,
+        wiring: Wiring,
+        node_width: int,
+        edge_width: int,
+        *,
+        edge_features: int,
+        sigma: float,
+        probes: int,
+        positions: bool,
+    ) -> None:
+        super().__init__()
+        self.standardize = Standardize(wiring)
+        self.register_buffer("node_frequencies", torch.randn(1, FREQUENCIES) * sigma)
+        self.register_buffer("edge_frequencies", torch.randn(edge_features, FREQUENCIES) * sigma)
+        self.node_fourier = nn.Linear(2 * FREQUENCIES, node_width)
+        self.edge_fourier = nn.Linear(2 * FREQUENCIES, edge_width)
+        self.node_linear = nn.Linear(node_width, node_width)
+        self.edge_linear = nn.Linear(edge_width, edge_width)
+        self.probe = ProbeFeatures(wiring, probes, node_width) if probes else None
+        index = position_index(wiring)
+        self.register_buffer("position_index", index, persistent=False)
+        self.positions = nn.Parameter(torch.randn(int(index.max()) + 1, node_width)) if positions else None
+
+    def nodes(self, graph: NeuralGraph) -> Float[Tensor, "batch nodes width"]:
+        """First states of all nodes; the input neurons, which have no bias, hold the feature 0 (equation 1)."""
+        biases = torch.cat(self.standardize(graph).nodes, dim=1)
+        states = self.node_fourier(fourier_features(biases, self.node_frequencies[0]))
+        if self.probe is not None:
+            states = states + self.probe(graph)
+        states = self.node_linear(states)
+        return states if self.positions is None else states + self.positions[self.position_index]
+
+    def edge_affine(self) -> tuple[Float[Tensor, "width 2*k"], Float[Tensor, " width"]]:
+        """Weight and bias of the two edge Linears as one: nothing stands between them."""
+        weight = self.edge_linear.weight @ self.edge_fourier.weight
+        return weight, self.edge_linear.weight @ self.edge_fourier.bias + self.edge_linear.bias
+
+
+def position_index(wiring: Wiring) -> Tensor:
+    """Row of every node's positional embedding, (nodes,): one per input and output neuron, one per hidden group."""
+    index, row = [], 0
+    for group in wiring.groups:
+        own = group.role != "hidden"
+        index.append(row + (torch.arange(group.size) if own else torch.zeros(group.size, dtype=torch.long)))
+        row += group.size if own else 1
+    return torch.cat(index)

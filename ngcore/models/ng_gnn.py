@@ -1,0 +1,223 @@
+"""NG-GNN: principal neighbourhood aggregation with FiLM messages and edge updates (paper, section 3, equations 3 and 4).
+
+Written on blocks: layers are complete bipartite, so a message is a broadcast and an aggregation a reduction over the
+source axis. The algebra is that of the paper's equations, rearranged where Linears meet without a non-linearity
+between them: Linear([v_i, v_j]) is a Linear of each, broadcast together; a Linear of a Linear is one Linear; the two
+degree scalers are one weight matrix per group. What the head does not read is not computed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ngcore.graph import NeuralGraph, Wiring
+from ngcore.models.encoder import Encoder, fourier_features
+
+WIDTH = 64
+LAYERS = 4
+
+
+@dataclass(frozen=True)
+class Direction:
+    """A block of messages: all of `source`'s nodes to all of `target`'s, along a wiring's block or against it."""
+
+    block: int
+    source: int
+    target: int
+    reverse: bool
+
+
+def both_directions(wiring: Wiring) -> tuple[Direction, ...]:
+    """Every block of the wiring, and every block reversed."""
+    forward = [Direction(b, block.source, block.target, False) for b, block in enumerate(wiring.blocks)]
+    return (*forward, *(Direction(d.block, d.target, d.source, True) for d in forward))
+
+
+def needed_directions(directions: tuple[Direction, ...], read: tuple[int, ...], layers: int) -> list[tuple[Direction, ...]]:
+    """For each layer the messages on which the states of the groups `read` depend after the last one."""
+    needed: list[tuple[Direction, ...]] = []
+    groups = set(read)
+    for _ in range(layers):
+        needed.append(tuple(d for d in directions if d.target in groups))
+        groups |= {d.source for d in needed[-1]}
+    return needed[::-1]
+
+
+class NGGNNLayer(nn.Module):
+    """One round of messages along `directions`, and the update of the edges on which the next layer reads.
+
+    Args:
+        directions: the blocks whose messages are computed.
+        updated: those whose edges the next layer reads (empty in the last layer).
+        scalers: PNA's amplification log(degree + 1) / δ of every group.
+        degrees: number of incoming edges of a node of every group.
+    """
+
+    def __init__(
+        self,
+        wiring: Wiring,
+        directions: tuple[Direction, ...],
+        updated: tuple[Direction, ...],
+        scalers: tuple[float, ...],
+        degrees: tuple[int, ...],
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.sizes = tuple(group.size for group in wiring.groups)
+        self.directions, self.updated = directions, updated
+        self.scalers, self.degrees, self.dropout = scalers, degrees, dropout
+        self.film = nn.Linear(WIDTH, 2 * WIDTH)
+        self.message = nn.Linear(2 * WIDTH, WIDTH)
+        self.update = nn.Linear(9 * WIDTH, WIDTH)
+        self.output = nn.Linear(WIDTH, WIDTH)
+        if updated:
+            self.norm = nn.LayerNorm(WIDTH)
+            self.edge_state = nn.Linear(WIDTH, WIDTH)
+            self.edge_source = nn.Linear(WIDTH, WIDTH)
+            self.edge_target = nn.Linear(WIDTH, WIDTH)
+            self.edge_output = nn.Linear(WIDTH, WIDTH)
+
+    def edge_affine(self, before: nn.Linear | None) -> tuple[Tensor, Tensor]:
+        """What this layer takes from the edges (scale, shift, state), and the Linear `before` it, as one affine map."""
+        weight, bias = self.film.weight, self.film.bias
+        if self.updated:
+            weight = torch.cat([weight, self.edge_state.weight])
+            bias = torch.cat([bias, self.edge_state.bias])
+        return (weight, bias) if before is None else (weight @ before.weight, weight @ before.bias + bias)
+
+    def forward(
+        self, nodes: tuple[Tensor, ...], edges: tuple[Tensor, ...], affine: tuple[Tensor, Tensor]
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """New states of all groups, and of the `updated` edges before their output Linear.
+
+        Shapes:
+            nodes[g]: (batch, size of g, 64)
+            edges[i]: (batch, targets, sources, f) of the i-th direction, f as `affine` takes it
+        """
+        read = [F.linear(edge, *affine).split(WIDTH, dim=-1) for edge in edges]
+        target_weight, source_weight = self.message.weight.split(WIDTH, dim=1)
+        to = [F.linear(v, target_weight, self.message.bias) for v in nodes]
+        of = [F.linear(v, source_weight) for v in nodes]
+        moments: dict[int, list[Tensor]] = {}
+        for direction, (scale, shift, *_) in zip(self.directions, read, strict=True):
+            message = scale * (to[direction.target].unsqueeze(2) + of[direction.source].unsqueeze(1)) + shift
+            found = [message.sum(2), message.square().sum(2), message.amin(2), message.amax(2)]
+            known = moments.get(direction.target)
+            moments[direction.target] = found if known is None else combine(known, found)
+        nodes = tuple(self.updated_nodes(g, v, moments[g]) if g in moments else v for g, v in enumerate(nodes))
+        if not self.updated:
+            return nodes, ()
+        to = [F.linear(v, self.edge_target.weight, self.edge_target.bias) for v in nodes]
+        of = [F.linear(v, self.edge_source.weight, self.edge_source.bias) for v in nodes]
+        states = []
+        for direction, (_, _, state) in zip(self.directions, read, strict=True):
+            if direction in self.updated:
+                states.append(F.silu(state + to[direction.target].unsqueeze(2) + of[direction.source].unsqueeze(1)))
+        return nodes, tuple(states)
+
+    def updated_nodes(self, group: int, v: Tensor, moments: list[Tensor]) -> Tensor:
+        """PNA's update: aggregates by identity and amplification, then the two Linears as one."""
+        total, square, low, high = moments
+        mean = total / self.degrees[group]
+        std = ((square / self.degrees[group] - mean.square()).relu() + 1e-5).sqrt()
+        own, plain, amplified = self.update.weight.split([WIDTH, 4 * WIDTH, 4 * WIDTH], dim=1)
+        weight = self.output.weight @ torch.cat([own, plain + self.scalers[group] * amplified], dim=1)
+        bias = self.output.weight @ self.update.bias + self.output.bias
+        v = F.linear(torch.cat([v, mean, low, high, std], dim=-1), weight, bias)
+        if not self.updated:
+            return v
+        return F.dropout(F.silu(self.norm(v)), self.dropout, self.training)
+
+
+def combine(known: list[Tensor], found: list[Tensor]) -> list[Tensor]:
+    """Sum, sum of squares, minimum and maximum over two sets of messages to the same nodes."""
+    total, square, low, high = zip(known, found, strict=True)
+    return [sum(total), sum(square), torch.minimum(*low), torch.maximum(*high)]
+
+
+def first_edges(
+    weights: Float[Tensor, "batch targets sources 1"],
+    frequencies: Float[Tensor, "3 k"],
+    affine: tuple[Tensor, Tensor],
+    reverse: bool,
+) -> Float[Tensor, "batch _ _ {WIDTH}"]:
+    """First states of a block's edges, whose features [e, eᵀ, e + eᵀ] are [w, 0, w], or reversed [0, w, w]."""
+    frequency = frequencies[int(reverse)] + frequencies[2]
+    values = weights.transpose(1, 2) if reverse else weights
+    return F.linear(fourier_features(values, frequency), *affine)
+
+
+class NGGNN(nn.Module):
+    """NG-GNN for a property of the whole input network: class scores of an INR's image.
+
+    Reversed edges, with edge features [e, eᵀ, e + eᵀ]; 4 layers of width 64. For 10 classes and a 2-32-32-1 network
+    it has 331,466 parameters, with 64 probe features 348,746 (paper, appendix D.1). Layer norm is per node.
+
+    Args:
+        wiring: of the input networks.
+        probes: number of probe points (paper, section 2.4), 0 for none.
+        positions: positional embeddings on nodes.
+        sigma: scale of the Gaussian Fourier frequencies of weights and biases.
+    """
+
+    def __init__(
+        self,
+        wiring: Wiring,
+        num_classes: int,
+        *,
+        probes: int = 0,
+        positions: bool = True,
+        dropout: float = 0.2,
+        sigma: float = 3.0,
+    ) -> None:
+        super().__init__()
+        self.wiring = wiring
+        self.encoder = Encoder(
+            wiring, WIDTH, WIDTH, edge_features=3, sigma=sigma, probes=probes, positions=positions
+        )
+        directions = both_directions(wiring)
+        self.read = wiring.with_role("output")
+        needed = [*needed_directions(directions, self.read, LAYERS), ()]
+        degrees = tuple(
+            sum(wiring.groups[d.source].size for d in directions if d.target == g) for g in range(len(wiring.groups))
+        )
+        logs = [math.log(degree + 1) for degree in degrees]
+        delta = sum(group.size * log for group, log in zip(wiring.groups, logs, strict=True)) / wiring.num_nodes
+        scalers = tuple(log / delta for log in logs)
+        self.layers = nn.ModuleList(
+            NGGNNLayer(wiring, needed[k], needed[k + 1], scalers, degrees, dropout) for k in range(LAYERS)
+        )
+        self.first_edges = first_edges
+        outputs = sum(wiring.groups[g].size for g in self.read)
+        self.head = nn.Sequential(
+            nn.Linear(outputs * WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, num_classes)
+        )
+
+    def fit_normalization(self, graph: NeuralGraph) -> None:
+        """Take the training set's statistics, by which every input is standardized."""
+        self.encoder.standardize.fit(graph)
+
+    def compile_parts(self) -> None:
+        """Compile the parts that a training step spends its time in."""
+        self.first_edges = torch.compile(first_edges, dynamic=False)
+        for layer in self.layers:
+            layer.compile(dynamic=False)
+
+    def forward(self, graph: NeuralGraph) -> Float[Tensor, "batch classes"]:
+        nodes = self.encoder.nodes(graph).split([group.size for group in self.wiring.groups], dim=1)
+        weights, affine = self.encoder.standardize(graph).edges, self.encoder.edge_affine()
+        edges = tuple(
+            self.first_edges(weights[d.block], self.encoder.edge_frequencies, affine, d.reverse)
+            for d in self.layers[0].directions
+        )
+        before = None
+        for layer in self.layers:
+            nodes, edges = layer(nodes, edges, layer.edge_affine(before))
+            before = layer.edge_output if layer.updated else None
+        return self.head(torch.cat([nodes[g] for g in self.read], dim=1).flatten(1))

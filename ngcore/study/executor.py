@@ -1,0 +1,78 @@
+"""Executing many runs: each is a pure function of its config, so any process can take it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from ngcore.study.runs import Record
+
+Run = Callable[..., Record]  # (config, on_epoch) -> record
+
+_messages: Any = None  # a worker's way to its parent
+
+
+class RunsFailed(RuntimeError):
+    """Some runs failed; the others are stored."""
+
+
+def _start_worker(messages: Any, threads: int) -> None:
+    global _messages
+    _messages = messages
+    torch.set_num_threads(threads)
+
+
+def _execute(run: Run, config: Any) -> Record:
+    return run(config, lambda epoch, scores: _messages.put(scores))
+
+
+def execute_all(run: Run, configs: Sequence[Any], *, workers: int | None = None) -> list[Record]:
+    """The results of many runs, in the order of `configs`.
+
+    Independent runs share a CPU best as one single-threaded process per core (the default); on a GPU they take turns.
+
+    Raises:
+        RunsFailed: after all runs have ended; it names every config that failed, and why.
+    """
+    gpu = torch.cuda.is_available()
+    workers = min(len(configs), workers or (1 if gpu else os.cpu_count() or 1))
+    threads = max(1, (os.cpu_count() or 1) // max(1, workers))
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager:
+        messages = manager.Queue()
+        with ProcessPoolExecutor(workers, context, _start_worker, (messages, threads)) as pool:
+            futures = {pool.submit(_execute, run, config): i for i, config in enumerate(configs)}
+            return _collect(futures, configs, messages)
+
+
+def _collect(futures: dict[Future, int], configs: Sequence[Any], messages: Any) -> list[Record]:
+    records: dict[int, Record] = {}
+    failures = []
+    epochs = 0
+    with tqdm(total=len(configs), desc="runs", unit="run") as bar:
+        waiting = set(futures)
+        while waiting:
+            try:
+                scores = messages.get(timeout=1)
+                epochs += 1
+                bar.set_postfix_str(f"{epochs} epochs, last loss {scores['train_loss']:.3f}")
+            except queue.Empty:
+                pass
+            for future in [future for future in waiting if future.done()]:
+                waiting.remove(future)
+                bar.update()
+                i = futures[future]
+                if future.exception() is None:
+                    records[i] = future.result()
+                else:
+                    failures.append(f"{configs[i]}: {future.exception()!r}")
+    if failures:
+        raise RunsFailed(f"{len(failures)} of {len(configs)} runs failed:\n" + "\n".join(failures))
+    return [records[i] for i in range(len(configs))]

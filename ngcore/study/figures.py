@@ -1,0 +1,185 @@
+"""Figures of the study: one look, stable file names, the paper's numbers faint beside ours.
+
+Every drawing function takes the axes to draw on and reads stored results only.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from ngcore.study.files import write_atomically
+from ngcore.study.tables import method_order
+
+# Without dates and program versions, the same figure is the same file.
+_METADATA = {"pdf": {"CreationDate": None, "Producer": None, "Creator": None}, "png": {"Software": None}}
+# Position in the colour-blind palette, by method: those that meet in one figure differ.
+_COLOURS = {
+    **{"NG-GNN": 0, "NG-T": 3, "DWSNet": 2, "NFN": 4, "NFN_HNP": 4, "MLP": 7, "SetNN": 1, "StatNN": 9},
+    **{"Adam": 7, "FF": 5, "LSTM": 1},
+}
+_LINES = ("solid", "dashed", "dashdot", "dotted")
+_MARKERS = ("o", "s", "^", "D")
+
+
+def style() -> None:
+    """Set the look of all figures: colour-blind safe, readable in print, text kept as text in PDF."""
+    sns.set_theme(
+        context="paper",
+        style="ticks",
+        palette="colorblind",
+        font_scale=1.15,
+        rc={
+            "axes.grid": True,
+            "grid.alpha": 0.3,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlesize": "medium",
+            "figure.dpi": 110,
+            "figure.constrained_layout.use": True,
+            "legend.frameon": False,
+            "legend.fontsize": "small",
+            "pdf.fonttype": 42,
+        },
+    )
+
+
+def save_figure(fig: Figure, directory: Path, name: str) -> None:
+    """Write `name.pdf` and `name.png` (200 dpi) into `directory`; the same figure gives the same bytes."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for suffix, metadata in _METADATA.items():
+        buffer = io.BytesIO()
+        fig.savefig(buffer, format=suffix, dpi=200, bbox_inches="tight", metadata=metadata)
+        write_atomically(directory / f"{name}.{suffix}", buffer.getvalue())
+
+
+def probe_curve(
+    table: pd.DataFrame,
+    ax: Axes,
+    *,
+    curves: Sequence[str] = ("NG-GNN", "NG-T"),
+    ylabel: str = "Test accuracy (%)",
+) -> None:
+    """Metric against the number of probe features (paper, figure 2): ours solid, the paper's faint dashes.
+
+    Args:
+        table: one data set of `beside_published`; columns method, probes, mean, std, paper_mean.
+        curves: methods drawn along the probe features, with error bars of one standard deviation over seeds.
+            Any other method is a horizontal line.
+    """
+    probes = sorted(table.loc[table["method"].isin(curves), "probes"].unique())
+    for method in table["method"].unique():
+        rows, colour = table[table["method"] == method], _colour(method)
+        if method in curves:
+            x = rows["probes"].map(probes.index)
+            marker = _MARKERS[curves.index(method) % len(_MARKERS)]
+            ax.errorbar(
+                x, rows["mean"], rows["std"].fillna(0), color=colour, marker=marker, capsize=3, label=method
+            )
+            ax.plot(x, rows["paper_mean"], color=colour, marker=marker, linestyle="dashed", alpha=0.4)
+        else:
+            ax.axhline(rows["mean"].iloc[0], color=colour, label=method)
+            ax.axhline(rows["paper_mean"].iloc[0], color=colour, linestyle="dashed", alpha=0.4)
+    ax.set_xticks(range(len(probes)), [str(count) for count in probes])
+    ax.set_xlabel("Number of probe features")
+    ax.set_ylabel(ylabel)
+    handles, _ = ax.get_legend_handles_labels()
+    paper = Line2D([], [], color="grey", linestyle="dashed", alpha=0.6, label="paper")
+    ax.legend(handles=[*handles, paper], loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def _colour(method: str) -> tuple[float, float, float]:
+    """A method's colour, the same in every figure; dark grey for a method that has none of its own."""
+    return sns.color_palette("colorblind", 10)[_COLOURS[method]] if method in _COLOURS else (0.3, 0.3, 0.3)
+
+
+def training_curves(
+    records: Sequence[Mapping[str, Any]],
+    ax: Axes,
+    quantity: str,
+    *,
+    scale: int | float = 1,
+    ylabel: str | None = None,
+) -> None:
+    """A quantity against the epoch: mean over seeds, with a band of one standard deviation.
+
+    Args:
+        quantity: a name in the records' metrics that holds one number per epoch.
+        scale: factor from the stored unit to the axis's, such as 100 for per cent.
+        ylabel: with the unit; None for the quantity's name.
+
+    Raises:
+        ValueError: runs of a method that differ in seed alone have different numbers of epochs.
+    """
+    groups: dict[tuple[str, int], list[Sequence[float]]] = {}
+    for record in records:
+        key = record["config"]["method"], record["config"].get("probes", 0)
+        groups.setdefault(key, []).append(record["metrics"][quantity])
+    counts = sorted({probes for _, probes in groups})
+    for method, probes in sorted(groups, key=lambda key: (method_order(key[0]), key[1])):
+        curves = groups[method, probes]
+        if len({len(curve) for curve in curves}) > 1:
+            lengths = ", ".join(str(len(curve)) for curve in curves)
+            raise ValueError(
+                f"{quantity!r} of {method} with {probes} probe features has {lengths} epochs by seed"
+            )
+        values = scale * np.asarray(curves)
+        epochs, mean = np.arange(1, values.shape[1] + 1), values.mean(axis=0)
+        line = _LINES[counts.index(probes) % len(_LINES)]
+        label = f"{method}, {probes} probes" if probes else method
+        ax.plot(epochs, mean, color=_colour(method), linestyle=line, label=label)
+        if len(values) > 1:
+            deviation = values.std(axis=0, ddof=1)
+            ax.fill_between(
+                epochs, mean - deviation, mean + deviation, color=_colour(method), alpha=0.15, lw=0
+            )
+    ax.set_xlabel("Epoch")
+    ax.set_ylabel(ylabel or quantity)
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def confusion(matrix: np.ndarray, ax: Axes, labels: Sequence[str]) -> None:
+    """A confusion matrix in per cent of each true class.
+
+    Args:
+        matrix: (classes, classes) counts, rows the true, columns the predicted class; an empty row stays 0.
+        labels: names of the classes.
+
+    Raises:
+        ValueError: the matrix is not square or does not fit the labels.
+    """
+    counts = np.asarray(matrix, dtype=float)
+    if counts.shape != (len(labels), len(labels)):
+        raise ValueError(
+            f"{len(labels)} labels need a matrix of {len(labels)} x {len(labels)}, not {counts.shape}"
+        )
+    percent = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    sns.heatmap(
+        percent,
+        ax=ax,
+        vmin=0,
+        vmax=100,
+        cmap="Blues",
+        square=True,
+        annot=True,
+        fmt=".0f",
+        annot_kws={"size": "x-small"},
+        xticklabels=labels,
+        yticklabels=labels,
+        cbar_kws={"label": "Share of the true class (%)", "shrink": 0.8},
+    )
+    ax.set_xlabel("Predicted class")
+    ax.set_ylabel("True class")
+    ax.tick_params(length=0)
+    if max(map(len, labels)) > 2:
+        ax.set_xticks(ax.get_xticks(), labels, rotation=45, ha="right", rotation_mode="anchor")
+    ax.set_yticklabels(labels, rotation=0)

@@ -1,0 +1,145 @@
+"""Execute the numbered notebooks headless, and keep what they showed as notebook and as HTML."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import nbconvert
+import papermill
+from nbclient.exceptions import CellControlSignal, DeadKernelError
+from papermill.exceptions import PapermillExecutionError
+
+from ngcore.study.profiles import (
+    ProfileError,
+    declared_parameters,
+    find_notebooks,
+    load_profile,
+    parameters_for,
+)
+from ngcore.study.files import write_atomically
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class NotebookError(RuntimeError):
+    """A notebook stopped at a cell that failed."""
+
+
+def execute(
+    profile: str, only: Sequence[str] | None = None, train: bool = True, root: Path = ROOT
+) -> dict[str, float]:
+    """Execute the notebooks of `root/notebooks` in order, with the parameters of a profile.
+
+    Executed copies go to `root/executed/<profile>/NN_name.ipynb` and `.html`, also when a cell fails.
+    All parameters are checked before the first notebook starts; the times are printed at the end.
+
+    Args:
+        only: numbers of the notebooks to execute, such as ["01", "03"]; None for all.
+        train: False gives `train = False` to the notebooks that have this parameter: draw stored runs.
+
+    Returns:
+        notebook's name -> wall-clock time in seconds.
+
+    Raises:
+        ProfileError: unknown profile, notebook number or parameter.
+        NotebookError: a cell failed.
+    """
+    plan = _plan(profile, only, train, root / "notebooks")
+    directory = root / "executed" / profile
+    directory.mkdir(parents=True, exist_ok=True)
+    seconds: dict[str, float] = {}
+    try:
+        for notebook, parameters in plan:
+            start = time.perf_counter()
+            try:
+                _execute_one(notebook, parameters, directory)
+            finally:
+                seconds[notebook.stem] = time.perf_counter() - start
+    finally:
+        for name, duration in seconds.items():
+            print(f"{name:<40} {duration:8.1f} s")
+    return seconds
+
+
+def _plan(
+    profile: str, only: Sequence[str] | None, train: bool, directory: Path
+) -> list[tuple[Path, dict[str, Any]]]:
+    """Which notebooks to execute, with which parameters."""
+    notebooks = find_notebooks(directory)
+    unknown = [number for number in only or () if number not in notebooks]
+    if unknown:
+        raise ProfileError(
+            f"no notebook has the number {', '.join(unknown)}; there are: {', '.join(notebooks)}"
+        )
+    values = load_profile(profile, directory / "profiles")
+    plan = []
+    for number, notebook in notebooks.items():
+        if only is None or number in only:
+            parameters = parameters_for(notebook, values)
+            if not train and "train" in declared_parameters(notebook):
+                parameters["train"] = False
+            plan.append((notebook, parameters))
+    return plan
+
+
+def _execute_one(notebook: Path, parameters: dict[str, Any], directory: Path) -> None:
+    """Execute one notebook in its own directory, as Jupyter does; put the outputs into `directory`."""
+    print(f"Executing {notebook.name}", flush=True)
+    partial = directory / f".{notebook.stem}.{os.getpid()}.ipynb"
+    try:
+        with _kernels_of_this_environment():
+            papermill.execute_notebook(
+                notebook,
+                partial.resolve(),
+                parameters,
+                kernel_name="python3",
+                language="python",
+                cwd=notebook.parent,
+            )
+    except PapermillExecutionError as error:
+        raise NotebookError(_describe(error, notebook, directory)) from error
+    except (DeadKernelError, CellControlSignal) as error:
+        raise NotebookError(f"{notebook.name}: {error} (out of memory? see {directory})") from error
+    finally:
+        if partial.exists():
+            _publish(partial, directory / notebook.name)
+
+
+@contextmanager
+def _kernels_of_this_environment() -> Iterator[None]:
+    """Make "python3" mean this interpreter, whatever kernels the user has registered elsewhere."""
+    before = os.environ.get("JUPYTER_PATH")
+    own = os.path.join(sys.prefix, "share", "jupyter")
+    os.environ["JUPYTER_PATH"] = own if before is None else own + os.pathsep + before
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["JUPYTER_PATH"]
+        else:
+            os.environ["JUPYTER_PATH"] = before
+
+
+def _describe(error: PapermillExecutionError, notebook: Path, directory: Path) -> str:
+    """Which cell failed and how, in two lines."""
+    line = next((line for line in error.source.splitlines() if line.strip()), "")
+    return (
+        f"{notebook.name}, cell [{error.exec_count}] that begins with '{line}': "
+        f"{error.ename}: {error.evalue}\n"
+        f"See {directory / notebook.with_suffix('.html').name}"
+    )
+
+
+def _publish(partial: Path, target: Path) -> None:
+    """Write the HTML of an executed notebook beside it, then let the notebook itself appear."""
+    html, _ = nbconvert.HTMLExporter().from_filename(
+        str(partial), resources={"metadata": {"name": target.stem}}
+    )
+    write_atomically(target.with_suffix(".html"), html)
+    os.replace(partial, target)

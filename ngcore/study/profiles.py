@@ -1,0 +1,101 @@
+"""Profiles: how large the experiments are. One YAML file each, of papermill parameters by notebook number."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import yaml
+
+
+class ProfileError(ValueError):
+    """A profile that does not exist, or that does not fit the notebooks."""
+
+
+def find_notebooks(directory: Path) -> dict[str, Path]:
+    """The notebooks `NN_name.ipynb` of `directory` by their number "NN", in order.
+
+    Raises:
+        ProfileError: two notebooks have the same number.
+    """
+    notebooks: dict[str, Path] = {}
+    for path in sorted(directory.glob("[0-9][0-9]_*.ipynb")):
+        number = path.name[:2]
+        if number in notebooks:
+            raise ProfileError(f"{notebooks[number].name} and {path.name} have the same number: rename one")
+        notebooks[number] = path
+    return notebooks
+
+
+def load_profile(name: str, directory: Path) -> dict[str, dict[str, Any]]:
+    """Parameters of every notebook in the profile `directory/<name>.yaml`.
+
+    The notebooks lie in the directory above. One that the profile does not mention keeps its own values;
+    every one is told the profile's name as its parameter `profile`.
+
+    Returns:
+        notebook number -> parameters that replace those of the notebook's parameters cell.
+
+    Raises:
+        ProfileError: no such profile; no such notebook; the file is no mapping of mappings.
+    """
+    path = directory / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in directory.glob("*.yaml"))) or "none"
+        raise ProfileError(f"unknown profile {name!r}; {directory} holds: {known}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ProfileError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ProfileError(f"{path} must map notebook numbers to parameters, but holds {content!r}")
+    notebooks = find_notebooks(directory.parent)
+    for number, parameters in content.items():
+        if number not in notebooks:
+            known = ", ".join(f'"{known}"' for known in notebooks) or "none"
+            raise ProfileError(f"{path}: there is no notebook {number!r}; numbers, in quotes: {known}")
+        if not isinstance(parameters, dict):
+            raise ProfileError(f'{path}: "{number}" must map parameters to values, but holds {parameters!r}')
+    return {number: {**content.get(number, {}), "profile": name} for number in notebooks}
+
+
+def declared_parameters(notebook: Path) -> set[str]:
+    """Names assigned in the notebook's one cell that is tagged `parameters`.
+
+    Raises:
+        ProfileError: the file is no notebook, or it has no such cell or several.
+    """
+    try:
+        cells = nbformat.read(notebook, as_version=4).cells
+    except nbformat.reader.NotJSONError as error:
+        raise ProfileError(f"{notebook} is no notebook: it does not hold JSON") from error
+    tagged = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", ())]
+    if len(tagged) != 1:
+        raise ProfileError(f"{notebook} has {len(tagged)} cells tagged 'parameters': it needs exactly one")
+    names = set()
+    for statement in ast.parse(tagged[0]).body:
+        targets = getattr(statement, "targets", None) or [getattr(statement, "target", None)]
+        names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return names
+
+
+def parameters_for(notebook: Path, profile: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The parameters that `profile`, as loaded by `load_profile`, gives to one notebook.
+
+    papermill merely warns of a parameter that the notebook does not have, and a typing error would go unseen.
+
+    Raises:
+        ProfileError: a parameter does not occur in the notebook's parameters cell.
+    """
+    parameters = dict(profile[notebook.name[:2]])
+    declared = declared_parameters(notebook)
+    unknown = sorted(parameters.keys() - declared)
+    if unknown:
+        known = ", ".join(sorted(declared))
+        raise ProfileError(
+            f"{notebook.name} has no parameter {', '.join(unknown)}; its parameters cell has: {known}"
+        )
+    return parameters

@@ -1,0 +1,252 @@
+"""Tables: runs summarized over their seeds, beside the published numbers, as CSV, LaTeX and Markdown.
+
+A record is what is kept of a run: {"config": {...}, "metrics": {...}, "environment": {...}}.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+REPORTED = Path(__file__).resolve().parents[2] / "data" / "reported.yaml"
+
+# In the papers' order, weakest idea first; other methods follow in alphabetical order.
+METHODS = (
+    *("MLP", "SetNN", "StatNN", "Adam", "FF", "LSTM", "DWSNet", "NFN", "NFN_HNP"),
+    *("NG-GNN", "NG-GNN_without", "NG-T", "NG-T_without"),
+)
+
+_HEADINGS = {
+    "dataset": "Data set",
+    "method": "Method",
+    "probes": "Probe features",
+    "mean": "Ours",
+    "seeds": "Seeds",
+    "paper_mean": "Paper",
+}
+
+_LATEX = {
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "\\": r"\textbackslash{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "±": r"$\pm$",
+    "×": r"$\times$",
+    "τ": r"$\tau$",
+    "²": r"$^2$",
+}
+
+
+def summarize(
+    records: Sequence[Mapping[str, Any]],
+    *,
+    metric: str,
+    scale: int | float = 1,
+    by: Sequence[str] = ("dataset", "method", "probes"),
+) -> pd.DataFrame:
+    """Mean and standard deviation of a metric over seeds.
+
+    Args:
+        metric: a name in the records' metrics that holds one number.
+        scale: factor from the stored unit to the table's, such as 100 for per cent.
+        by: names in the records' configs that tell the rows apart.
+
+    Returns:
+        A row per distinct `by`, ordered (methods as in `METHODS`), with columns *by, mean, std, seeds. `std`
+        is the sample standard deviation (divisor seeds - 1; the papers do not say which is theirs), missing
+        for a single seed.
+
+    Raises:
+        ValueError: no records; a config or metric is missing; a metric is not finite; a row has a seed twice.
+    """
+    if not records:
+        raise ValueError(f"no records to summarize {metric!r} of: run the notebook's profile first")
+    rows = pd.DataFrame([_row(record, metric, by) for record in records])
+    twice = rows[rows.duplicated([*by, "seed"])]
+    if len(twice):
+        row = ", ".join(f"{name} {twice.iloc[0][name]}" for name in [*by, "seed"])
+        raise ValueError(f"several records of {row}: name in `by` what tells them apart, or drop one")
+    rows["value"] = rows["value"] * scale
+    table = rows.groupby(list(by), dropna=False)["value"].agg(["mean", "std", "count"]).reset_index()
+    table = table.rename(columns={"count": "seeds"})
+    return table.sort_values(list(by), key=_order, ignore_index=True)
+
+
+def _row(record: Mapping[str, Any], metric: str, by: Sequence[str]) -> dict[str, Any]:
+    """One run: what identifies it, and the value of its metric."""
+    config, metrics = record["config"], record["metrics"]
+    for name, holder, what in [
+        *((name, config, "config") for name in (*by, "seed")),
+        (metric, metrics, "metric"),
+    ]:
+        if name not in holder:
+            raise ValueError(
+                f"a record has no {what} {name!r}, only {', '.join(holder)}: its config is {dict(config)}"
+            )
+    value = float(metrics[metric])
+    if not math.isfinite(value):
+        raise ValueError(f"metric {metric!r} is {value} in the run {dict(config)}: it cannot enter a mean")
+    return {**{name: config[name] for name in by}, "seed": config["seed"], "value": value}
+
+
+def _order(column: pd.Series) -> pd.Series:
+    """Sort key of a column."""
+    if column.name != "method":
+        return column
+    return column.map(method_order)
+
+
+def method_order(method: str) -> tuple[int, str]:
+    """Sort key that puts methods in the order of `METHODS`, others after them by name."""
+    return METHODS.index(method) if method in METHODS else len(METHODS), method
+
+
+def load_reported(path: Path = REPORTED) -> dict[str, Any]:
+    """The published numbers: paper -> table -> ... -> {"mean": ..., "std": ...}, see the file's comments."""
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def beside_published(table: pd.DataFrame, published: Mapping[str, Any]) -> pd.DataFrame:
+    """Add `paper_mean` and `paper_std` to a summary; missing where the paper has no such row.
+
+    Args:
+        published: one table of `load_reported`, as [dataset ->] method -> [probes ->] {"mean", "std"}.
+    """
+    cells = [_published_cell(published, row) for row in table.to_dict("records")]
+    paper = {
+        f"paper_{name}": pd.Series([cell.get(name) for cell in cells], table.index, dtype=float)
+        for name in ("mean", "std")
+    }
+    return table.assign(**paper)
+
+
+def _published_cell(published: Mapping[str, Any], row: Mapping[str, Any]) -> Mapping[str, float | None]:
+    """The published {"mean", "std"} of a row, empty where there is none."""
+    methods = published.get(row.get("dataset"), published)
+    cell = methods.get(row["method"], {})
+    return cell if "mean" in cell else cell.get(row.get("probes"), {})
+
+
+def describe_scale(records: Sequence[Mapping[str, Any]], profile: str, fields: Mapping[str, str]) -> str:
+    """The scale behind a table, for its caption: profile, sizes, seeds, device.
+
+    Args:
+        fields: name in the configs -> its words, such as {"train_size": "training INRs", "epochs": "epochs"}.
+
+    Returns:
+        Such as "Profile cpu: 4,096 training INRs, 10 to 20 epochs; 1 to 2 seeds; device cpu."
+    """
+    sizes = [
+        f"{_range([record['config'][name] for record in records])} {words}" for name, words in fields.items()
+    ]
+    runs: dict[str, int] = {}
+    for record in records:
+        row = str(sorted((name, value) for name, value in record["config"].items() if name != "seed"))
+        runs[row] = runs.get(row, 0) + 1
+    devices = sorted({str(record["environment"]["device"]) for record in records})
+    seeds = f"{_range(list(runs.values()))} seed{'s' if max(runs.values()) > 1 else ''}"
+    return f"Profile {profile}: {', '.join(sizes)}; {seeds}; device {', '.join(devices)}."
+
+
+def _range(values: Sequence[int]) -> str:
+    """Such as "5" or "5 to 1,000"."""
+    low, high = min(values), max(values)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def write_table(
+    table: pd.DataFrame,
+    directory: Path,
+    name: str,
+    caption: str,
+    *,
+    decimals: int = 1,
+    lower_is_better: bool = False,
+) -> None:
+    """Write `name.csv` (six significant digits), `name.tex` (booktabs) and `name.md` into `directory`.
+
+    In LaTeX and Markdown a value is "mean ± std" with `decimals` digits; of each data set the best of ours
+    and the best of the paper's are bold. The caption should state the scale: see `describe_scale`.
+    """
+    text = _as_text(table, decimals)
+    bold = _best(table, decimals, lower_is_better)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_atomically(
+        directory / f"{name}.csv", table.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+    )
+    write_atomically(directory / f"{name}.tex", _latex(text, bold, name, caption))
+    write_atomically(directory / f"{name}.md", _markdown(text, bold, caption))
+
+
+def _as_text(table: pd.DataFrame, decimals: int) -> pd.DataFrame:
+    """The columns to show, as strings, under their original names."""
+    text = table.drop(columns=["std", "paper_std"], errors="ignore").astype(object)
+    for mean, std in (("mean", "std"), ("paper_mean", "paper_std")):
+        if mean in table:
+            text[mean] = [_value(*pair, decimals) for pair in zip(table[mean], table[std], strict=True)]
+    return text.map(lambda cell: "" if pd.isna(cell) else str(cell))
+
+
+def _value(mean: float, std: float, decimals: int) -> str:
+    if pd.isna(mean):
+        return ""
+    return f"{mean:.{decimals}f}" if pd.isna(std) else f"{mean:.{decimals}f} ± {std:.{decimals}f}"
+
+
+def _best(table: pd.DataFrame, decimals: int, lower_is_better: bool) -> pd.DataFrame:
+    """True where a mean is its data set's best; equal as displayed is equal."""
+    best = pd.DataFrame(False, index=table.index, columns=table.columns)
+    for column in table.columns.intersection(["mean", "paper_mean"]):
+        shown = table[column].round(decimals)
+        rows = shown.groupby(table["dataset"]) if "dataset" in table else shown.groupby(lambda _: 0)
+        best[column] = shown == rows.transform("min" if lower_is_better else "max")
+    return best
+
+
+def _latex(text: pd.DataFrame, bold: pd.DataFrame, name: str, caption: str) -> str:
+    def cell(row: int, column: str) -> str:
+        value = _escape_latex(text.at[row, column])
+        return rf"\textbf{{{value}}}" if bold.at[row, column] else value
+
+    rows = [" & ".join(cell(row, column) for column in text) + r" \\" for row in text.index]
+    alignment = "".join("l" if column in ("dataset", "method") else "r" for column in text)
+    lines = [
+        r"\begin{table}",
+        r"\centering",
+        rf"\caption{{{_escape_latex(caption)}}}",
+        rf"\label{{tab:{name}}}",
+        rf"\begin{{tabular}}{{{alignment}}}",
+        r"\toprule",
+        " & ".join(_escape_latex(_HEADINGS.get(column, column)) for column in text) + r" \\",
+        r"\midrule",
+        *rows,
+        r"\bottomrule",
+        r"\end{tabular}",
+        r"\end{table}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _escape_latex(text: str) -> str:
+    return "".join(_LATEX.get(character, character) for character in text)
+
+
+def _markdown(text: pd.DataFrame, bold: pd.DataFrame, caption: str) -> str:
+    def cell(row: int, column: str) -> str:
+        value = text.at[row, column].replace("|", r"\|")
+        return f"**{value}**" if bold.at[row, column] else value
+
+    table = [
+        [_HEADINGS.get(column, column) for column in text],
+        ["---" if column in ("dataset", "method") else "---:" for column in text],
+        *([cell(row, column) for column in text] for row in text.index),
+    ]
+    return "\n".join([caption, "", *("| " + " | ".join(row) + " |" for row in table)]) + "\n"

@@ -1,0 +1,166 @@
+"""The training loop: one for every task. A run is resumed from its last whole epoch to the same final numbers."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ngcore.study.runs import Record, StoredRun, environment
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a model is trained.
+
+    Args:
+        epochs: passes over the training set; an incomplete last batch is left for the next epoch's shuffle.
+        batch: networks per optimizer step.
+        warmup: steps over which the learning rate rises linearly.
+        decay: lower the learning rate along a cosine to zero after the warm-up (the papers keep it constant).
+        clip: largest norm of the gradient.
+        micro_batch: networks per forward and backward pass; 0 for the whole batch. Gradients add up, so this
+            changes speed and memory alone, except for models with batch norm.
+        precision: "float32", or "bfloat16" for autocast.
+        compiled: compile the model's hot parts.
+    """
+
+    epochs: int
+    batch: int = 128
+    learning_rate: float = 1e-3
+    weight_decay: float = 5e-4
+    warmup: int = 1000
+    decay: bool = False
+    clip: float = 10.0
+    micro_batch: int = 0
+    precision: str = "float32"
+    compiled: bool = False
+
+
+class Problem(Protocol):
+    """What a task gives the loop."""
+
+    model: nn.Module
+    train_size: int
+
+    def loss(self, rows: Tensor) -> Tensor:
+        """Summed loss of these rows of the training set, augmented at random."""
+
+    def validate(self) -> dict[str, float]:
+        """Metrics on the validation set; the weights with the highest `val_score` are kept."""
+
+    def test(self) -> dict[str, Any]:
+        """Metrics on the test set, with the best weights loaded."""
+
+
+class DivergedError(FloatingPointError):
+    """A loss that is not finite."""
+
+
+def train(
+    problem: Problem, schedule: Schedule, seed: int, stored: StoredRun, on_epoch: Callable[[int, Record], None]
+) -> Record:
+    """Train, or go on training, and store the result.
+
+    Every epoch seeds the generators anew from (seed, epoch), so that one that was interrupted is repeated exactly.
+
+    Raises:
+        DivergedError: names the run, the epoch and the step; the last checkpoint stays.
+    """
+    started = time.monotonic()
+    model = problem.model
+    device = next(model.parameters()).device
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay, amsgrad=True, fused=True
+    )
+    state = _resume(stored, model, optimizer)
+    if schedule.compiled and hasattr(model, "compile_parts"):
+        model.compile_parts()
+    for epoch in range(state["epoch"], schedule.epochs):
+        loss = _epoch(problem, schedule, optimizer, seed, epoch, stored)
+        with _evaluation(schedule, model):
+            scores = {"train_loss": loss, **problem.validate()}
+        for name, value in scores.items():
+            state["history"].setdefault(name, []).append(value)
+        if scores["val_score"] > state["best_score"]:
+            state["best_score"], state["best_epoch"] = scores["val_score"], epoch
+            state["best"] = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        state["epoch"] = epoch + 1
+        state["seconds"] += time.monotonic() - started
+        started = time.monotonic()
+        stored.save_checkpoint(state | {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+        on_epoch(epoch, scores)
+    model.load_state_dict(state["best"])
+    with _evaluation(schedule, model):
+        metrics = {**state["history"], "best_epoch": state["best_epoch"], **problem.test()}
+    seconds = {"train_seconds": round(state["seconds"], 1)}
+    return stored.finish(metrics, state["best"], environment(device.type) | seconds)
+
+
+def _resume(stored: StoredRun, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    state = stored.checkpoint()
+    if state is None:
+        return {"epoch": 0, "history": {}, "best": {}, "best_score": -math.inf, "best_epoch": 0, "seconds": 0.0}
+    model.load_state_dict(state.pop("model"))
+    optimizer.load_state_dict(state.pop("optimizer"))
+    return state
+
+
+def _autocast(schedule: Schedule, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=schedule.precision == "bfloat16")
+
+
+@contextmanager
+def _evaluation(schedule: Schedule, model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, not compiled: compiling again for it would cost more than it saves."""
+    model.eval()
+    with (
+        torch.no_grad(),
+        torch.compiler.set_stance("force_eager"),
+        _autocast(schedule, next(model.parameters()).device),
+    ):
+        yield
+
+
+def learning_rate(schedule: Schedule, step: int, total: int) -> float:
+    """The rate of one step: linear warm-up, then constant or a cosine to zero."""
+    warm = min(1.0, (step + 1) / max(1, schedule.warmup))
+    if not schedule.decay:
+        return schedule.learning_rate * warm
+    progress = max(0, step - schedule.warmup) / max(1, total - schedule.warmup)
+    return schedule.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _epoch(
+    problem: Problem, schedule: Schedule, optimizer: torch.optim.Optimizer, seed: int, epoch: int, stored: StoredRun
+) -> float:
+    """One pass over the training set; its mean loss."""
+    problem.model.train()
+    torch.manual_seed(seed * 1_000_003 + epoch)
+    device = next(problem.model.parameters()).device
+    batches = problem.train_size // schedule.batch
+    order = torch.randperm(problem.train_size)[: batches * schedule.batch].to(device)
+    total = torch.zeros((), device=device)
+    for i, rows in enumerate(order.split(schedule.batch)):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(schedule, epoch * batches + i, schedule.epochs * batches)
+        optimizer.zero_grad()
+        for part in rows.split(schedule.micro_batch or schedule.batch):
+            with _autocast(schedule, device):
+                loss = problem.loss(part) / schedule.batch
+            loss.backward()
+            total += loss.detach()
+        nn.utils.clip_grad_norm_(problem.model.parameters(), schedule.clip)
+        optimizer.step()
+    mean = (total / batches).item()
+    if not math.isfinite(mean):
+        raise DivergedError(
+            f"run {stored.directory.name} diverged in epoch {epoch} (mean loss {mean}); config {dict(stored.config)}"
+        )
+    return mean
