@@ -24,9 +24,7 @@ def main() -> None:
         for split, size in sizes.items()
         for name in write_subset(image_set, split, size, cache)
     ]
-    digests = {
-        name: hashlib.sha256((images.SUBSETS / name).read_bytes()).hexdigest() for name in sorted(names)
-    }
+    digests = {name: hashlib.sha256((images.SUBSETS / name).read_bytes()).hexdigest() for name in sorted(names)}
     write(images.CHECKSUMS, "".join(f"{digest}  {name}\n" for name, digest in digests.items()).encode())
 
 

@@ -82,9 +82,7 @@ def test_set_nn_sees_the_multiset_of_all_entries():
     shuffled = entries[:, torch.randperm(entries.shape[1])].split(
         [values[0].numel() for values in state.values()], dim=1
     )
-    other = SMALL.graph(
-        {name: part.reshape(state[name].shape) for name, part in zip(state, shuffled, strict=True)}
-    )
+    other = SMALL.graph({name: part.reshape(state[name].shape) for name, part in zip(state, shuffled, strict=True)})
     torch.testing.assert_close(model(SMALL.graph(state)), model(other), rtol=1e-9, atol=1e-9)
 
 

@@ -127,9 +127,7 @@ def test_command_prints_a_table_and_writes_json(monkeypatch, tmp_path, capsys):
     assert header.split() == ["name", "unit", "ours", "reference", "ratio", "memory_mb", "(reference)"]
     assert [row.split()[:2] for row in rows] == [["fake", "naps/s"]] * 2
     results = json.loads(path.read_text())
-    assert [set(result) for result in results] == [
-        {"name", "unit", "ours", "reference", "ratio", "memory_mb"}
-    ] * 2
+    assert [set(result) for result in results] == [{"name", "unit", "ours", "reference", "ratio", "memory_mb"}] * 2
 
 
 def test_run_as_a_script_workers_find_their_workloads(monkeypatch, capsys):

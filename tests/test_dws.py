@@ -15,8 +15,7 @@ from ngcore.models.baselines.dws import DWSLayer, WeightSpace, max_over
 # In a hidden layer of one neuron pooling and identity are the same map; a parameter for each is then one too
 # many, and ranks differ. So every hidden size here is at least two. Inputs and outputs may be one.
 WIRINGS = [
-    mlp(sizes)
-    for sizes in ([2, 3], [2, 3, 2], [1, 2, 1], [2, 2, 3, 1], [1, 3, 2, 2], [1, 3, 3, 1], [1, 2, 2, 2, 1])
+    mlp(sizes) for sizes in ([2, 3], [2, 3, 2], [1, 2, 1], [2, 2, 3, 1], [1, 3, 2, 2], [1, 3, 3, 1], [1, 2, 2, 2, 1])
 ]
 each_wiring = pytest.mark.parametrize(
     "wiring", WIRINGS, ids=lambda wiring: "-".join(str(group.size) for group in wiring.groups)
@@ -25,10 +24,7 @@ each_wiring = pytest.mark.parametrize(
 
 def vector_to_parameters(wiring: Wiring, vectors: Tensor) -> dict[str, Tensor]:
     parts = vectors.split([torch.Size(shape).numel() for shape in wiring.shapes.values()], dim=-1)
-    return {
-        name: part.unflatten(-1, shape)
-        for part, (name, shape) in zip(parts, wiring.shapes.items(), strict=True)
-    }
+    return {name: part.unflatten(-1, shape) for part, (name, shape) in zip(parts, wiring.shapes.items(), strict=True)}
 
 
 def generators(wiring: Wiring) -> list[Tensor]:
@@ -137,9 +133,7 @@ def both_forms(wiring: Wiring, **settings) -> tuple[DWSNet, PlainDWSNet]:
 
 @pytest.mark.parametrize("reduction", ["mean", "max"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize(
-    "sizes", [[2, 3], [2, 4, 3], [2, 5, 4, 3], [3, 2, 4, 1, 2], [1, 3, 3, 3, 3, 1]], ids=str
-)
+@pytest.mark.parametrize("sizes", [[2, 3], [2, 4, 3], [2, 5, 4, 3], [3, 2, 4, 1, 2], [1, 3, 3, 3, 3, 1]], ids=str)
 def test_merged_and_plain_form_agree_in_outputs_and_gradients(sizes, training, reduction):
     torch.manual_seed(0)
     wiring = mlp(sizes)

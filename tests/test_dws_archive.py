@@ -188,9 +188,7 @@ def test_altered_byte_in_zip(mnist: Path) -> None:
         read_archive(archive)
 
 
-@pytest.mark.parametrize(
-    "member", ["../evil.pth", "/evil.pth", "a/../../evil.pth", "..\\evil.pth", "\\evil.pth"]
-)
+@pytest.mark.parametrize("member", ["../evil.pth", "/evil.pth", "a/../../evil.pth", "..\\evil.pth", "\\evil.pth"])
 def test_member_outside_its_directory(mnist: Path, member: str) -> None:
     archive = pack(mnist)
     with zipfile.ZipFile(archive, "a") as packed:

@@ -48,9 +48,7 @@ def test_imports_run_downwards(package):
 
 
 def test_the_layering_test_sees_every_form_of_import():
-    source = (
-        "import ngcore.tasks.inr as t\nfrom ngcore import data\ndef f():\n    from ngcore.models import NGT\n"
-    )
+    source = "import ngcore.tasks.inr as t\nfrom ngcore import data\ndef f():\n    from ngcore.models import NGT\n"
     assert imported_packages(source, "graph") == {"tasks", "data", "models"}
 
 
@@ -69,9 +67,7 @@ def test_environments_share_their_pins():
     pins = (ROOT / "constraints.txt").read_text().splitlines()
     assert "torch==2.13.0" in pins
     assert all(line.startswith("#") or line.count("==") == 1 for line in pins)
-    assert not any("+" in line or line.lower().startswith("ngcore") for line in pins), (
-        "pins for one machine alone"
-    )
+    assert not any("+" in line or line.lower().startswith("ngcore") for line in pins), "pins for one machine alone"
     assert "-c constraints.txt" in (ROOT / "environment.yml").read_text()
 
 

@@ -107,9 +107,7 @@ def test_subset_is_the_start_of_the_full_set(name: str, split: str, fake: Path) 
     assert torch.equal(full.index, torch.arange(embedded + 1))
     assert torch.equal(subset.pixels, full.pixels[:-1])
     assert torch.equal(subset.labels, full.labels[:-1])
-    assert torch.equal(
-        full.pixels, torch.from_numpy(np.load(fake / name / f"{split}_pixels.npy"))[: embedded + 1]
-    )
+    assert torch.equal(full.pixels, torch.from_numpy(np.load(fake / name / f"{split}_pixels.npy"))[: embedded + 1])
 
 
 def test_images_may_be_changed(fake: Path) -> None:
@@ -139,9 +137,7 @@ def test_damaged_file(file: str, change: str, fake: Path) -> None:
 @pytest.mark.parametrize("file", ["mnist_train.png", "mnist_train_labels.txt", "SHA256SUMS"])
 def test_missing_file(file: str, fake: Path) -> None:
     (images.SUBSETS / file).unlink()
-    with pytest.raises(
-        FileNotFoundError, match=rf"{file} is missing: the embedded images lie in the repository"
-    ):
+    with pytest.raises(FileNotFoundError, match=rf"{file} is missing: the embedded images lie in the repository"):
         load_images("mnist", "train", 1, cache=NO_CACHE)
 
 
@@ -152,9 +148,7 @@ def test_labels_that_do_not_match_the_sheet(fake: Path) -> None:
     path.write_text("0" * 199 + "\n")
     checksums = images.SUBSETS / images.CHECKSUMS
     checksums.write_text(checksums.read_text().replace(old, hashlib.sha256(path.read_bytes()).hexdigest()))
-    with pytest.raises(
-        ValueError, match=r"mnist_train\.png holds 200 images, but mnist_train_labels\.txt 199"
-    ):
+    with pytest.raises(ValueError, match=r"mnist_train\.png holds 200 images, but mnist_train_labels\.txt 199"):
         load_images("mnist", "train", 1, cache=NO_CACHE)
 
 
@@ -164,9 +158,7 @@ def test_lengths_that_differ() -> None:
 
 
 def test_unknown_names_and_counts() -> None:
-    with pytest.raises(
-        ValueError, match="unknown image set 'emnist': choose one of mnist, fashion_mnist, cifar10"
-    ):
+    with pytest.raises(ValueError, match="unknown image set 'emnist': choose one of mnist, fashion_mnist, cifar10"):
         load_images("emnist", "train", 1, cache=NO_CACHE)
     with pytest.raises(ValueError, match="unknown split 'val' of cifar10: choose one of train, test"):
         load_images("cifar10", "val", 1, cache=NO_CACHE)

@@ -103,9 +103,7 @@ def test_conda_environment_is_used(project):
 def test_without_an_environment_one_is_made(project, tmp_path):
     python3 = tmp_path / "path" / "python3"
     python3.parent.mkdir()
-    python3.write_text(
-        f'#!/usr/bin/env bash\n[[ $2 == venv ]] && cp -r "{project.bin.parent}" "$3"\nexit 0\n'
-    )
+    python3.write_text(f'#!/usr/bin/env bash\n[[ $2 == venv ]] && cp -r "{project.bin.parent}" "$3"\nexit 0\n')
     python3.chmod(0o755)
     path = f"{python3.parent}:{os.environ['PATH']}"
     result = project.run(VIRTUAL_ENV="", PATH=path)
@@ -204,9 +202,7 @@ def test_notebook_gets_its_parameters_and_this_interpreter(study, capsys):
 
 def test_without_training_a_failing_cell_is_named_and_what_was_shown_is_kept(study):
     write_notebook(study / "notebooks" / "00_good.ipynb", "print(train)")
-    with pytest.raises(
-        NotebookError, match=r"01_bad\.ipynb, cell .* 'value = 1 / 0': ZeroDivisionError: division"
-    ):
+    with pytest.raises(NotebookError, match=r"01_bad\.ipynb, cell .* 'value = 1 / 0': ZeroDivisionError: division"):
         execute("tiny", train=False, root=study)
     directory = study / "executed" / "tiny"
     assert printed(directory / "00_good.ipynb") == ["False\n"]

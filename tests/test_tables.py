@@ -114,9 +114,7 @@ def test_latex_and_markdown_rows(table, tmp_path):
     assert r"mnist & NG-T & 0 & 50.0 $\pm$ 10.0 & 3 & \textbf{92.4} \\" in latex
     assert r"mnist & NG-T & 64 & \textbf{90.0} & 1 &  \\" in latex
     markdown = (tmp_path / "table_3.md").read_text()
-    assert markdown.startswith(
-        "Accuracy (%).\n\n| Data set | Method | Probe features | Ours | Seeds | Paper |\n"
-    )
+    assert markdown.startswith("Accuracy (%).\n\n| Data set | Method | Probe features | Ours | Seeds | Paper |\n")
     assert "| mnist | NG-T | 64 | **90.0** | 1 |  |" in markdown
 
 
@@ -134,10 +132,7 @@ def test_special_characters(tmp_path):
     records = [record("50%_a&b|{x}", 0, 0, 1.0, dataset="a\\b~c^d#$")]
     write_table(summarize(records, metric="accuracy"), tmp_path, "t", "τ of 2 × 3")
     latex = (tmp_path / "t.tex").read_text()
-    assert (
-        r"a\textbackslash{}b\textasciitilde{}c\textasciicircum{}d\#\$ & 50\%\_a\&b\textbar{}\{x\} & 0"
-        in latex
-    )
+    assert r"a\textbackslash{}b\textasciitilde{}c\textasciicircum{}d\#\$ & 50\%\_a\&b\textbar{}\{x\} & 0" in latex
     assert r"\caption{$\tau$ of 2 $\times$ 3}" in latex
     assert r"| 50%_a&b\|{x} |" in (tmp_path / "t.md").read_text()
 

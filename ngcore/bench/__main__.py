@@ -37,7 +37,7 @@ BATCH = 128
 REFERENCE_BATCH = 32  # the plain graph models handle more networks per second at this batch size than at 128
 NUM_FITS = 64
 FIT_STEPS = 200
-SINGLE_FIT_STEPS = 1_000
+SINGLE_FIT_STEPS = 500
 FIT_LEARNING_RATE = 1e-3
 
 
@@ -137,9 +137,7 @@ def random_networks(wiring: Wiring, count: int) -> tuple[NeuralGraph, Tensor]:
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    state_dict = {
-        name: 0.1 * torch.randn(count, *shape, generator=generator) for name, shape in wiring.shapes.items()
-    }
+    state_dict = {name: 0.1 * torch.randn(count, *shape, generator=generator) for name, shape in wiring.shapes.items()}
     return wiring.graph(state_dict), torch.randint(NUM_CLASSES, (count,), generator=generator)
 
 

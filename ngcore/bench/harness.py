@@ -24,14 +24,14 @@ from typing import Any
 
 WARM_UPS = 2
 REPETITIONS = 5
-KEPT_BYTES = str(
-    1 << 32
-)  # memory up to this size is reused, not handed back to the system after every tensor
+KEPT_BYTES = str(1 << 32)  # memory up to this size is reused, not handed back to the system after every tensor
 WORKER_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": KEPT_BYTES,
     "MALLOC_TRIM_THRESHOLD_": KEPT_BYTES,
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     "OMP_NUM_THREADS": "2",
+    # idle threads sleep: spinning ones cost a time slice at every barrier when something else wants the cores
+    "OMP_WAIT_POLICY": "passive",
 }
 COLUMNS = ("name", "unit", "ours", "reference", "ratio", "memory_mb")
 
@@ -164,7 +164,7 @@ class _Worker:
 
 @contextmanager
 def _worker(title: str, factory: Callable[[], Workload]) -> Iterator[_Worker]:
-    """A process that builds a workload, warms it up and answers requests; it ends with the context."""
+    """A process that builds a workload, warms it up and answers requests; it is ended with the context."""
     context = multiprocessing.get_context("spawn")
     parents_end, workers_end = context.Pipe()
     process = context.Process(target=_serve, args=(factory, workers_end), daemon=True)
@@ -173,6 +173,8 @@ def _worker(title: str, factory: Callable[[], Workload]) -> Iterator[_Worker]:
             process.start()
         try:
             yield _Worker(title, process, parents_end)
+            parents_end.send(None)
+            process.join()
         finally:
             process.terminate()
             process.join()
@@ -191,15 +193,15 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def _serve(factory: Callable[[], Workload], connection: Connection) -> None:
-    """The worker: say how many items a repetition has, then answer "run" and "memory"."""
+    """The worker: say how many items a repetition has, then answer "run" and "memory" until None comes."""
     answers = {"run": lambda: _seconds(workload.run), "memory": _peak_memory_mb}
     try:
         workload = factory()
         for _ in range(WARM_UPS):
             workload.run()
         connection.send(("value", workload.items))
-        while True:
-            connection.send(("value", answers[connection.recv()]()))
+        for request in iter(connection.recv, None):
+            connection.send(("value", answers[request]()))
     except Exception:
         connection.send(("error", traceback.format_exc()))
 

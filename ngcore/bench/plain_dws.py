@@ -35,8 +35,7 @@ class PlainBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
         return sum(
-            self._spread(linear(self._pool(x, tie)), tie)
-            for tie, linear in zip(self.ties, self.maps, strict=True)
+            self._spread(linear(self._pool(x, tie)), tie) for tie, linear in zip(self.ties, self.maps, strict=True)
         )
 
     def _pool(self, x: Tensor, tie: Support) -> Tensor:
@@ -99,9 +98,7 @@ class PlainDWSNet(ParameterReader):
         self.names = list(self.space.support)
         self.reduction: Reduction = reduction
         self.widths = [1, *[width] * (depth + 1)]
-        self.layers = nn.ModuleList(
-            PlainLayer(self.space, *pair, reduction) for pair in pairwise(self.widths)
-        )
+        self.layers = nn.ModuleList(PlainLayer(self.space, *pair, reduction) for pair in pairwise(self.widths))
         channels = width * sum(self.space.entries.values())
         self.head = perceptron([channels, head_width, head_width, num_classes], dropout)
 

@@ -97,15 +97,11 @@ class Probe(nn.Module):
         """Shapes: weights (batch, out, in) of all blocks, biases (batch, size) of all but the input group."""
         features = [
             norm(project(values))
-            for norm, project, values in zip(
-                self.norm, self.project, self.evaluate(weights, biases), strict=True
-            )
+            for norm, project, values in zip(self.norm, self.project, self.evaluate(weights, biases), strict=True)
         ]
         return torch.cat(features, dim=1)
 
-    def evaluate(
-        self, weights: list[Tensor], biases: list[Tensor]
-    ) -> list[Float[Tensor, "batch size points"]]:
+    def evaluate(self, weights: list[Tensor], biases: list[Tensor]) -> list[Float[Tensor, "batch size points"]]:
         """Activations of every group of the input networks at the probe points."""
         state = self.points.expand(len(weights[0]), -1, -1)
         kept = [state.mT]
@@ -246,9 +242,7 @@ class PlainNGGNN(nn.Module):
         super().__init__()
         delta = mean_log_degree(wiring)
         self.encoder = Encoder(wiring, probes)
-        self.layers = nn.ModuleList(
-            Layer(delta, dropout, last=k == NUM_LAYERS - 1) for k in range(NUM_LAYERS)
-        )
+        self.layers = nn.ModuleList(Layer(delta, dropout, last=k == NUM_LAYERS - 1) for k in range(NUM_LAYERS))
         self.head = nn.Sequential(
             nn.Linear(wiring.groups[-1].size * WIDTH, WIDTH),
             nn.ReLU(),

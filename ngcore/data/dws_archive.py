@@ -27,9 +27,7 @@ from tqdm import tqdm
 
 SPLITS = "splits.json"
 _LAYOUTS = (
-    re.compile(
-        r"(^|/)(?P<name>\w*mnist_png_(?P<split>train|test)(ing)?_(?P<label>\d+)_\d+)/checkpoints/[^/]+\.pth$"
-    ),
+    re.compile(r"(^|/)(?P<name>\w*mnist_png_(?P<split>train|test)(ing)?_(?P<label>\d+)_\d+)/checkpoints/[^/]+\.pth$"),
     re.compile(r"(^|/)(?P<name>(?P<split>train|test)/[^/]+)\.pth$"),
 )
 _PARAMETER = re.compile(r"seq\.(\d+)\.(weight|bias)")
@@ -105,9 +103,7 @@ def _open(path: Path) -> Iterator[Readers]:
     with archive:
         # .pth files are zips themselves: a truncated archive may end in one and is opened as that one
         if min((member.header_offset for member in archive.infolist()), default=0) > 0:
-            raise ValueError(
-                f"{path} is truncated or not a zip: its first members are missing. Download it again"
-            )
+            raise ValueError(f"{path} is truncated or not a zip: its first members are missing. Download it again")
         names = [name for name in archive.namelist() if not name.endswith("/")]
         for name in names:
             if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name):
@@ -166,9 +162,7 @@ def _read_inr(read: Callable[[], bytes], match: re.Match[str], where: str) -> tu
     for key, value in state.items():
         parameter = _PARAMETER.fullmatch(key)
         if parameter is None or not isinstance(value, Tensor):
-            raise ValueError(
-                f"{where} holds {key!r}; an INR has tensors seq.<i>.weight and seq.<i>.bias alone"
-            )
+            raise ValueError(f"{where} holds {key!r}; an INR has tensors seq.<i>.weight and seq.<i>.bias alone")
         if not torch.isfinite(value).all():
             raise ValueError(f"{where}: {key} holds NaN or infinite values")
         parameters[f"layers.{parameter[1]}.{parameter[2]}"] = value.float()

@@ -6,10 +6,13 @@ each written whole or not at all, so that a killed fit goes on with the shard th
 
 from __future__ import annotations
 
-import json
+import itertools
+import multiprocessing
 import os
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,7 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ngcore.data import siren
-from ngcore.data.images import load_images
+from ngcore.data.images import Images, load_images
 
 SHARD = 256  # networks per file
 BATCH = {"cpu": 16, "cuda": SHARD}  # networks per tensor program: on a CPU the working set stays in its cache
@@ -95,9 +98,7 @@ def _read_shard(path: Path) -> INRSet:
         if tuple(values.shape) != (len(inrs), *shape):
             raise ValueError(f"{path}: {name} has shape {tuple(values.shape)}, not ({len(inrs)}, *{shape})")
         if not torch.isfinite(values).all():
-            raise ValueError(
-                f"{path}: {name} holds values that are not finite; delete the file and fit again"
-            )
+            raise ValueError(f"{path}: {name} holds values that are not finite; delete the file and fit again")
     return inrs
 
 
@@ -111,19 +112,40 @@ def _write_shard(path: Path, inrs: INRSet) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _fit_rows(recipe: Recipe, images, rows: range, device: str, compiled: bool) -> INRSet:
-    """Fit one batch; the compiled program has one shape, so a short batch repeats its last image."""
-    size = BATCH[torch.device(device).type]
-    padded = [min(i, rows[-1]) for i in range(rows[0], rows[0] + size)] if compiled else list(rows)
-    pixels = images.pixels[padded].to(device).float() / 255
-    initial = siren.initialize(images.index[padded].tolist(), recipe.seed).to(device)
-    fit = siren.fit_sirens(
-        pixels, initial, steps=recipe.steps, learning_rate=recipe.learning_rate, compiled=compiled
-    )
-    keep = slice(0, len(rows))
-    parameters = {name: values[keep].cpu() for name, values in fit.parameters.items()}
-    at = slice(rows[0], rows[-1] + 1)
-    return INRSet(parameters, images.labels[at], images.index[at], fit.psnr[keep].cpu())
+@dataclass(frozen=True)
+class _Batch:
+    """Work for one tensor program. A compiled program has one shape, so a short batch repeats its last image."""
+
+    recipe: Recipe
+    images: Images
+    device: str
+    compiled: bool
+
+    def fit(self) -> INRSet:
+        count = len(self.images)
+        rows = torch.arange(BATCH[self.device] if self.compiled else count).clamp(max=count - 1)
+        fit = siren.fit_sirens(
+            self.images.pixels[rows].to(self.device).float() / 255,
+            siren.initialize(self.images.index[rows].tolist(), self.recipe.seed).to(self.device),
+            steps=self.recipe.steps,
+            learning_rate=self.recipe.learning_rate,
+            compiled=self.compiled,
+        )
+        parameters = {name: values[:count].cpu() for name, values in fit.parameters.items()}
+        return INRSet(parameters, self.images.labels, self.images.index, fit.psnr[:count].cpu())
+
+
+def _batches(recipe: Recipe, images: Images, rows: range, device: str, compiled: bool) -> list[_Batch]:
+    cuts = [slice(i, min(i + BATCH[device], rows[-1] + 1)) for i in range(rows[0], rows[-1] + 1, BATCH[device])]
+    return [
+        _Batch(
+            recipe,
+            Images(*(part[c].clone() for part in (images.pixels, images.labels, images.index))),
+            device,
+            compiled,
+        )
+        for c in cuts
+    ]
 
 
 def _concatenate(parts: list[INRSet]) -> INRSet:
@@ -141,7 +163,9 @@ def fit_set(
     """The first `count` INRs of a recipe: read where stored, fitted and stored where not.
 
     Args:
-        workers: batches fitted at a time, each on one core. Two single-threaded fits beat one on two threads.
+        workers: processes that fit at the same time, each on one core (Python threads would wait for each other);
+            1 fits in this process, on all of its threads.
+        compiled: compile the optimizer step: about twice as fast after some ten seconds.
 
     Raises:
         ValueError: a stored shard is damaged; the error names the file.
@@ -150,35 +174,35 @@ def fit_set(
     images = load_images(recipe.dataset, recipe.split, count, cache=cache)
     directory = cache / "inrs" / recipe.name
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1))
-    size = BATCH[torch.device(device).type]
-    shards = []
-    for first in range(0, count, SHARD):
-        rows = range(first, min(first + SHARD, count))
-        shards.append((directory / f"{first:06d}_{rows[-1]:06d}.safetensors", rows))
-    missing = [(path, rows) for path, rows in shards if not path.exists()]
-    with tqdm(
-        total=sum(len(rows) for _, rows in missing),
-        desc=f"fitting INRs ({recipe.dataset}, {recipe.split})",
-        unit="INR",
-        disable=not missing,
-    ) as bar:
-        fitted, total_psnr = 0, 0.0
+    rows = [range(first, min(first + SHARD, count)) for first in range(0, count, SHARD)]
+    paths = [directory / f"{shard[0]:06d}_{shard[-1]:06d}.safetensors" for shard in rows]
+    missing = {path: shard for path, shard in zip(paths, rows, strict=True) if not path.exists()}
+    work = {path: _batches(recipe, images, shard, device, compiled) for path, shard in missing.items()}
+    title = f"fitting INRs ({recipe.dataset}, {recipe.split})"
+    total = sum(len(shard) for shard in missing.values())
+    with tqdm(total=total, desc=title, unit="INR", disable=not missing) as bar, _pool(workers) as execute:
+        fitted, psnr = 0, 0.0
+        parts = execute(_Batch.fit, [batch for batches in work.values() for batch in batches])
+        for path, batches in work.items():
+            shard = []
+            for part in itertools.islice(parts, len(batches)):
+                shard.append(part)
+                fitted, psnr = fitted + len(part), psnr + part.psnr.sum().item()
+                bar.update(len(part))
+                bar.set_postfix_str(f"mean PSNR {psnr / fitted:.2f} dB")
+            _write_shard(path, _concatenate(shard))
+    return _concatenate([_read_shard(path) for path in paths])
 
-        def fit_rows(rows: range) -> INRSet:
-            nonlocal fitted, total_psnr
-            torch.set_num_threads(max(1, threads // workers))
-            part = _fit_rows(recipe, images, rows, device, compiled)
-            fitted, total_psnr = fitted + len(part), total_psnr + part.psnr.sum().item()
-            bar.update(len(part))
-            bar.set_postfix_str(f"mean PSNR {total_psnr / fitted:.2f} dB")
-            return part
 
-        threads = torch.get_num_threads()
-        torch.set_num_threads(max(1, threads // workers))
-        with ThreadPoolExecutor(workers) as pool:
-            for path, rows in missing:
-                batches = [rows[i : i + size] for i in range(0, len(rows), size)]
-                _write_shard(path, _concatenate(list(pool.map(fit_rows, batches))))
-        torch.set_num_threads(threads)
-    return _concatenate([_read_shard(path) for path, _ in shards])
+@contextmanager
+def _pool(workers: int) -> Iterator[Callable[..., Iterator[INRSet]]]:
+    """`map` over single-threaded processes, or in this process for one worker."""
+    if workers == 1:
+        yield map
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
+        try:
+            yield pool.map
+        finally:
+            pool.shutdown(cancel_futures=True)

@@ -7,13 +7,14 @@ random initialization per image, stopped where the reconstruction passes 40 dB.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 SIZES = (2, 32, 32, 1)
@@ -24,7 +25,7 @@ BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # Adam's, as in torch.optim
 
 SHAPES = {
     f"layers.{i}.{kind}": (fan_out, fan_in) if kind == "weight" else (fan_out,)
-    for i, (fan_in, fan_out) in enumerate(zip(SIZES, SIZES[1:], strict=False))
+    for i, (fan_in, fan_out) in enumerate(itertools.pairwise(SIZES))
     for kind in ("weight", "bias")
 }
 NUM_PARAMETERS = sum(math.prod(shape) for shape in SHAPES.values())

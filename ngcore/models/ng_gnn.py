@@ -1,4 +1,4 @@
-"""NG-GNN: principal neighbourhood aggregation with FiLM messages and edge updates (paper, section 3, equations 3 and 4).
+"""NG-GNN: principal neighbourhood aggregation, FiLM messages, edge updates (paper, section 3, equations 3 and 4).
 
 Written on blocks: layers are complete bipartite, so a message is a broadcast and an aggregation a reduction over the
 source axis. The algebra is that of the paper's equations, rearranged where Linears meet without a non-linearity
@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ngcore.graph import NeuralGraph, Wiring
-from ngcore.models.encoder import Encoder, fourier_features
+from ngcore.models.encoder import COMPILATION, Encoder, fourier_features
 
 WIDTH = 64
 LAYERS = 4
@@ -39,7 +39,9 @@ def both_directions(wiring: Wiring) -> tuple[Direction, ...]:
     return (*forward, *(Direction(d.block, d.target, d.source, True) for d in forward))
 
 
-def needed_directions(directions: tuple[Direction, ...], read: tuple[int, ...], layers: int) -> list[tuple[Direction, ...]]:
+def needed_directions(
+    directions: tuple[Direction, ...], read: tuple[int, ...], layers: int
+) -> list[tuple[Direction, ...]]:
     """For each layer the messages on which the states of the groups `read` depend after the last one."""
     needed: list[tuple[Direction, ...]] = []
     groups = set(read)
@@ -178,9 +180,7 @@ class NGGNN(nn.Module):
     ) -> None:
         super().__init__()
         self.wiring = wiring
-        self.encoder = Encoder(
-            wiring, WIDTH, WIDTH, edge_features=3, sigma=sigma, probes=probes, positions=positions
-        )
+        self.encoder = Encoder(wiring, WIDTH, WIDTH, edge_features=3, sigma=sigma, probes=probes, positions=positions)
         directions = both_directions(wiring)
         self.read = wiring.with_role("output")
         needed = [*needed_directions(directions, self.read, LAYERS), ()]
@@ -196,7 +196,11 @@ class NGGNN(nn.Module):
         self.first_edges = first_edges
         outputs = sum(wiring.groups[g].size for g in self.read)
         self.head = nn.Sequential(
-            nn.Linear(outputs * WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, num_classes)
+            nn.Linear(outputs * WIDTH, WIDTH),
+            nn.ReLU(),
+            nn.Linear(WIDTH, WIDTH),
+            nn.ReLU(),
+            nn.Linear(WIDTH, num_classes),
         )
 
     def fit_normalization(self, graph: NeuralGraph) -> None:
@@ -205,9 +209,9 @@ class NGGNN(nn.Module):
 
     def compile_parts(self) -> None:
         """Compile the parts that a training step spends its time in."""
-        self.first_edges = torch.compile(first_edges, dynamic=False)
+        self.first_edges = torch.compile(first_edges, **COMPILATION)
         for layer in self.layers:
-            layer.compile(dynamic=False)
+            layer.compile(**COMPILATION)
 
     def forward(self, graph: NeuralGraph) -> Float[Tensor, "batch classes"]:
         nodes = self.encoder.nodes(graph).split([group.size for group in self.wiring.groups], dim=1)

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ngcore.graph import NeuralGraph, Wiring
-from ngcore.models.encoder import Encoder, fourier_features
+from ngcore.models.encoder import COMPILATION, Encoder, fourier_features
 
 NODE_WIDTH = 64
 EDGE_WIDTH = 32
@@ -38,7 +38,10 @@ class RelationalAttention(nn.Module):
         self.attention_linear = nn.Linear(NODE_WIDTH, NODE_WIDTH)
 
     def forward(
-        self, nodes: Float[Tensor, "batch n {NODE_WIDTH}"], edges: Float[Tensor, "batch rows n {EDGE_WIDTH}"], rows: slice
+        self,
+        nodes: Float[Tensor, "batch n {NODE_WIDTH}"],
+        edges: Float[Tensor, "batch rows n {EDGE_WIDTH}"],
+        rows: slice,
     ) -> Float[Tensor, "batch rows {NODE_WIDTH}"]:
         """What the nodes `rows` gather from all nodes; `edges` are the pairs of these rows."""
         query, key, value = self.node_qkv(nodes).unflatten(-1, (3, HEADS, HEAD_WIDTH)).unbind(2)
@@ -153,7 +156,7 @@ class NGT(nn.Module):
     def compile_parts(self) -> None:
         """Compile the parts that a training step spends its time in."""
         for layer in self.layers:
-            layer.compile(dynamic=False)
+            layer.compile(**COMPILATION)
 
     def first_edges(self, graph: NeuralGraph) -> Float[Tensor, "batch n n {EDGE_WIDTH}"]:
         """First states of all pairs; where the wiring has no edge the Fourier features are masked out."""

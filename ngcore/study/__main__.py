@@ -31,13 +31,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m ngcore.study", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="execute the notebooks; runs that are stored are not trained again")
-    figures = commands.add_parser(
-        "figures", help="redraw tables and figures from stored runs, without training"
-    )
+    figures = commands.add_parser("figures", help="redraw tables and figures from stored runs, without training")
     for command in (run, figures):
-        command.add_argument(
-            "--profile", default="quick", help="a file of notebooks/profiles (default: quick)"
-        )
+        command.add_argument("--profile", default="quick", help="a file of notebooks/profiles (default: quick)")
     run.add_argument("--only", type=lambda text: text.split(","), help="numbers of notebooks, such as 01,03")
     return parser
 

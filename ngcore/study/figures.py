@@ -82,9 +82,7 @@ def probe_curve(
         if method in curves:
             x = rows["probes"].map(probes.index)
             marker = _MARKERS[curves.index(method) % len(_MARKERS)]
-            ax.errorbar(
-                x, rows["mean"], rows["std"].fillna(0), color=colour, marker=marker, capsize=3, label=method
-            )
+            ax.errorbar(x, rows["mean"], rows["std"].fillna(0), color=colour, marker=marker, capsize=3, label=method)
             ax.plot(x, rows["paper_mean"], color=colour, marker=marker, linestyle="dashed", alpha=0.4)
         else:
             ax.axhline(rows["mean"].iloc[0], color=colour, label=method)
@@ -129,9 +127,7 @@ def training_curves(
         curves = groups[method, probes]
         if len({len(curve) for curve in curves}) > 1:
             lengths = ", ".join(str(len(curve)) for curve in curves)
-            raise ValueError(
-                f"{quantity!r} of {method} with {probes} probe features has {lengths} epochs by seed"
-            )
+            raise ValueError(f"{quantity!r} of {method} with {probes} probe features has {lengths} epochs by seed")
         values = scale * np.asarray(curves)
         epochs, mean = np.arange(1, values.shape[1] + 1), values.mean(axis=0)
         line = _LINES[counts.index(probes) % len(_LINES)]
@@ -139,9 +135,7 @@ def training_curves(
         ax.plot(epochs, mean, color=_colour(method), linestyle=line, label=label)
         if len(values) > 1:
             deviation = values.std(axis=0, ddof=1)
-            ax.fill_between(
-                epochs, mean - deviation, mean + deviation, color=_colour(method), alpha=0.15, lw=0
-            )
+            ax.fill_between(epochs, mean - deviation, mean + deviation, color=_colour(method), alpha=0.15, lw=0)
     ax.set_xlabel("Epoch")
     ax.set_ylabel(ylabel or quantity)
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
@@ -159,9 +153,7 @@ def confusion(matrix: np.ndarray, ax: Axes, labels: Sequence[str]) -> None:
     """
     counts = np.asarray(matrix, dtype=float)
     if counts.shape != (len(labels), len(labels)):
-        raise ValueError(
-            f"{len(labels)} labels need a matrix of {len(labels)} x {len(labels)}, not {counts.shape}"
-        )
+        raise ValueError(f"{len(labels)} labels need a matrix of {len(labels)} x {len(labels)}, not {counts.shape}")
     percent = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     sns.heatmap(
         percent,
@@ -183,3 +175,31 @@ def confusion(matrix: np.ndarray, ax: Axes, labels: Sequence[str]) -> None:
     if max(map(len, labels)) > 2:
         ax.set_xticks(ax.get_xticks(), labels, rotation=45, ha="right", rotation_mode="anchor")
     ax.set_yticklabels(labels, rotation=0)
+
+
+def write_readme(directory: Path, records: Sequence[Mapping[str, Any]], profile: str) -> None:
+    """Write `README.md` beside tables and figures: what they were made with.
+
+    States scale-independent facts of the runs behind them; the scale itself stands in every table's caption.
+    """
+    environments = [record["environment"] for record in records]
+
+    def every(name: str) -> str:
+        return ", ".join(sorted({str(environment[name]) for environment in environments}))
+
+    seeds = sorted({record["config"]["seed"] for record in records})
+    hours = sum(environment["train_seconds"] for environment in environments) / 3600
+    lines = [
+        f"# Tables and figures of the profile `{profile}`",
+        "",
+        f"Made by `./run_all.sh --profile {profile}`, redrawn by `./run_all.sh figures --profile {profile}`.",
+        "",
+        f"- runs: {len(records)}, seeds {', '.join(map(str, seeds))}",
+        f"- training time, summed over the runs: {hours:.1f} hours",
+        f"- device: {every('device')}",
+        f"- PyTorch {every('torch')}, Python {every('python')}, ngcore at {every('commit')}",
+        "",
+        "Each table's caption states its scale.",
+        "",
+    ]
+    write_atomically(directory / "README.md", "\n".join(lines))

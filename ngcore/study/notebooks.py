@@ -15,6 +15,7 @@ import papermill
 from nbclient.exceptions import CellControlSignal, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
+from ngcore.study.files import write_atomically
 from ngcore.study.profiles import (
     ProfileError,
     declared_parameters,
@@ -22,7 +23,6 @@ from ngcore.study.profiles import (
     load_profile,
     parameters_for,
 )
-from ngcore.study.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,9 +31,7 @@ class NotebookError(RuntimeError):
     """A notebook stopped at a cell that failed."""
 
 
-def execute(
-    profile: str, only: Sequence[str] | None = None, train: bool = True, root: Path = ROOT
-) -> dict[str, float]:
+def execute(profile: str, only: Sequence[str] | None = None, train: bool = True, root: Path = ROOT) -> dict[str, float]:
     """Execute the notebooks of `root/notebooks` in order, with the parameters of a profile.
 
     Executed copies go to `root/executed/<profile>/NN_name.ipynb` and `.html`, also when a cell fails.
@@ -67,16 +65,12 @@ def execute(
     return seconds
 
 
-def _plan(
-    profile: str, only: Sequence[str] | None, train: bool, directory: Path
-) -> list[tuple[Path, dict[str, Any]]]:
+def _plan(profile: str, only: Sequence[str] | None, train: bool, directory: Path) -> list[tuple[Path, dict[str, Any]]]:
     """Which notebooks to execute, with which parameters."""
     notebooks = find_notebooks(directory)
     unknown = [number for number in only or () if number not in notebooks]
     if unknown:
-        raise ProfileError(
-            f"no notebook has the number {', '.join(unknown)}; there are: {', '.join(notebooks)}"
-        )
+        raise ProfileError(f"no notebook has the number {', '.join(unknown)}; there are: {', '.join(notebooks)}")
     values = load_profile(profile, directory / "profiles")
     plan = []
     for number, notebook in notebooks.items():
@@ -138,8 +132,6 @@ def _describe(error: PapermillExecutionError, notebook: Path, directory: Path) -
 
 def _publish(partial: Path, target: Path) -> None:
     """Write the HTML of an executed notebook beside it, then let the notebook itself appear."""
-    html, _ = nbconvert.HTMLExporter().from_filename(
-        str(partial), resources={"metadata": {"name": target.stem}}
-    )
+    html, _ = nbconvert.HTMLExporter().from_filename(str(partial), resources={"metadata": {"name": target.stem}})
     write_atomically(target.with_suffix(".html"), html)
     os.replace(partial, target)

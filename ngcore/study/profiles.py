@@ -95,7 +95,5 @@ def parameters_for(notebook: Path, profile: Mapping[str, Mapping[str, Any]]) -> 
     unknown = sorted(parameters.keys() - declared)
     if unknown:
         known = ", ".join(sorted(declared))
-        raise ProfileError(
-            f"{notebook.name} has no parameter {', '.join(unknown)}; its parameters cell has: {known}"
-        )
+        raise ProfileError(f"{notebook.name} has no parameter {', '.join(unknown)}; its parameters cell has: {known}")
     return parameters

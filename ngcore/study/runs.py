@@ -149,6 +149,14 @@ def publish(records: Iterable[Record], directory: Path) -> None:
         write_atomically(directory / f"{record['hash']}.json", json.dumps(record, indent=1))
 
 
-def published(directory: Path) -> list[Record]:
-    """Every record that `publish` left in a directory."""
-    return [read_record(path) for path in sorted(directory.glob("*.json"))]
+def published(directory: Path, task: str) -> list[Record]:
+    """Every record of a task that `publish` left in a directory.
+
+    Raises:
+        RunError: there is none, or one is damaged.
+    """
+    records = [read_record(path) for path in sorted(directory.glob("*.json"))]
+    found = [record for record in records if record["config"]["task"] == task]
+    if not found:
+        raise RunError(f"{directory} holds no stored runs of {task}: run the notebook with train = True first")
+    return found

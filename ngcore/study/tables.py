@@ -13,6 +13,8 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from ngcore.study.files import write_atomically
+
 REPORTED = Path(__file__).resolve().parents[2] / "data" / "reported.yaml"
 
 # In the papers' order, weakest idea first; other methods follow in alphabetical order.
@@ -88,9 +90,7 @@ def _row(record: Mapping[str, Any], metric: str, by: Sequence[str]) -> dict[str,
         (metric, metrics, "metric"),
     ]:
         if name not in holder:
-            raise ValueError(
-                f"a record has no {what} {name!r}, only {', '.join(holder)}: its config is {dict(config)}"
-            )
+            raise ValueError(f"a record has no {what} {name!r}, only {', '.join(holder)}: its config is {dict(config)}")
     value = float(metrics[metric])
     if not math.isfinite(value):
         raise ValueError(f"metric {metric!r} is {value} in the run {dict(config)}: it cannot enter a mean")
@@ -139,13 +139,14 @@ def describe_scale(records: Sequence[Mapping[str, Any]], profile: str, fields: M
     """The scale behind a table, for its caption: profile, sizes, seeds, device.
 
     Args:
-        fields: name in the configs -> its words, such as {"train_size": "training INRs", "epochs": "epochs"}.
+        fields: name in the configs -> its words, such as {"data.train": "training INRs", "epochs": "epochs"};
+            a dot leads into a nested config.
 
     Returns:
         Such as "Profile cpu: 4,096 training INRs, 10 to 20 epochs; 1 to 2 seeds; device cpu."
     """
     sizes = [
-        f"{_range([record['config'][name] for record in records])} {words}" for name, words in fields.items()
+        f"{_range([_field(record['config'], name) for record in records])} {words}" for name, words in fields.items()
     ]
     runs: dict[str, int] = {}
     for record in records:
@@ -154,6 +155,14 @@ def describe_scale(records: Sequence[Mapping[str, Any]], profile: str, fields: M
     devices = sorted({str(record["environment"]["device"]) for record in records})
     seeds = f"{_range(list(runs.values()))} seed{'s' if max(runs.values()) > 1 else ''}"
     return f"Profile {profile}: {', '.join(sizes)}; {seeds}; device {', '.join(devices)}."
+
+
+def _field(config: Mapping[str, Any], name: str) -> int:
+    """The value of a dotted name in a nested config."""
+    value: Any = config
+    for part in name.split("."):
+        value = value[part]
+    return value
 
 
 def _range(values: Sequence[int]) -> str:
@@ -179,9 +188,7 @@ def write_table(
     text = _as_text(table, decimals)
     bold = _best(table, decimals, lower_is_better)
     directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(
-        directory / f"{name}.csv", table.to_csv(index=False, float_format="%.6g", lineterminator="\n")
-    )
+    write_atomically(directory / f"{name}.csv", table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
     write_atomically(directory / f"{name}.tex", _latex(text, bold, name, caption))
     write_atomically(directory / f"{name}.md", _markdown(text, bold, caption))
 

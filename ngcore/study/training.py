@@ -64,7 +64,11 @@ class DivergedError(FloatingPointError):
 
 
 def train(
-    problem: Problem, schedule: Schedule, seed: int, stored: StoredRun, on_epoch: Callable[[int, Record], None]
+    problem: Problem,
+    schedule: Schedule,
+    seed: int,
+    stored: StoredRun,
+    on_epoch: Callable[[int, Record], None],
 ) -> Record:
     """Train, or go on training, and store the result.
 
@@ -77,7 +81,11 @@ def train(
     model = problem.model
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay, amsgrad=True, fused=True
+        model.parameters(),
+        lr=schedule.learning_rate,
+        weight_decay=schedule.weight_decay,
+        amsgrad=True,
+        fused=True,
     )
     state = _resume(stored, model, optimizer)
     if schedule.compiled and hasattr(model, "compile_parts"):
@@ -106,7 +114,14 @@ def train(
 def _resume(stored: StoredRun, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     state = stored.checkpoint()
     if state is None:
-        return {"epoch": 0, "history": {}, "best": {}, "best_score": -math.inf, "best_epoch": 0, "seconds": 0.0}
+        return {
+            "epoch": 0,
+            "history": {},
+            "best": {},
+            "best_score": -math.inf,
+            "best_epoch": 0,
+            "seconds": 0.0,
+        }
     model.load_state_dict(state.pop("model"))
     optimizer.load_state_dict(state.pop("optimizer"))
     return state
@@ -138,7 +153,12 @@ def learning_rate(schedule: Schedule, step: int, total: int) -> float:
 
 
 def _epoch(
-    problem: Problem, schedule: Schedule, optimizer: torch.optim.Optimizer, seed: int, epoch: int, stored: StoredRun
+    problem: Problem,
+    schedule: Schedule,
+    optimizer: torch.optim.Optimizer,
+    seed: int,
+    epoch: int,
+    stored: StoredRun,
 ) -> float:
     """One pass over the training set; its mean loss."""
     problem.model.train()

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from ngcore.data import siren
 from ngcore.data.augment import Augmentation
+from ngcore.data.images import load_images
 from ngcore.data.inrs import INRSet, Recipe, fit_set
 from ngcore.graph import Wiring, mlp
 from ngcore.models import NGGNN, NGT
@@ -21,6 +23,18 @@ from ngcore.study.runs import Record, StoredRun, cache_directory, tensor_digest
 from ngcore.study.training import Schedule, train
 
 CLASSES = 10
+FASHION_LABELS = (
+    "T-shirt",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Boot",
+)
 EVALUATION_BATCH = {"cpu": 64, "cuda": 2048}
 WIRING = mlp(siren.SIZES, "sine")
 
@@ -57,6 +71,7 @@ class Config:
     augmentation: Augmentation | None = field(default_factory=Augmentation)
     options: tuple[tuple[str, Any], ...] = ()
     recipe: str = "paper"
+    task: str = "inr_classification"
 
 
 METHODS: dict[str, Callable[..., nn.Module]] = {
@@ -66,6 +81,43 @@ METHODS: dict[str, Callable[..., nn.Module]] = {
     "NG-GNN": NGGNN,
     "NG-T": NGT,
 }
+
+
+ROWS = (
+    ("MLP", 0),
+    ("SetNN", 0),
+    ("DWSNet", 0),
+    *((method, probes) for method in ("NG-GNN", "NG-T") for probes in (0, 4, 16, 64)),
+)  # of tables 3 and 4: method and number of probe features
+
+
+def table_configs(
+    data: INRData,
+    schedule: Schedule,
+    *,
+    seeds: Mapping[int, int],
+    micro_batch: Mapping[str, int],
+    compiled: Collection[str],
+) -> list[Config]:
+    """The runs of one table, the paper's eleven rows.
+
+    Args:
+        seeds: number of probe features -> number of seeds.
+        micro_batch: method -> networks per forward and backward pass; the whole batch where not named.
+        compiled: the methods that are compiled.
+    """
+    return [
+        Config(
+            data.dataset,
+            method,
+            probes,
+            seed,
+            data,
+            replace(schedule, micro_batch=micro_batch.get(method, 0), compiled=method in compiled),
+        )
+        for method, probes in ROWS
+        for seed in range(seeds[probes])
+    ]
 
 
 def build_model(method: str, probes: int = 0, wiring: Wiring = WIRING, **options: Any) -> nn.Module:
@@ -100,6 +152,18 @@ def fit_inrs(data: INRData, *, workers: int = 1, compiled: bool = False) -> dict
         "validation": sets["train"][data.train :],
         "test": sets["test"],
     }
+
+
+def images_of(data: INRData, split: str) -> Float[Tensor, "n 28 28"]:
+    """The images that a split's INRs were fitted to, 0 to 255."""
+    count = {"train": data.train + data.validation, "test": data.test}[split]
+    return load_images(data.dataset, split, count, cache=cache_directory()).pixels.float()
+
+
+def row_of(record: Record) -> tuple[str, str, int]:
+    """The table row that a run belongs to: data set, method, probe features."""
+    config = record["config"]
+    return config["dataset"], config["method"], config["probes"]
 
 
 @cache
@@ -139,7 +203,11 @@ class Classification:
     def validate(self) -> dict[str, float]:
         scores, labels = self.logits("validation"), self.sets["validation"].labels
         accuracy = (scores.argmax(1) == labels).float().mean().item()
-        return {"val_loss": F.cross_entropy(scores, labels).item(), "val_score": accuracy, "val_accuracy": accuracy}
+        return {
+            "val_loss": F.cross_entropy(scores, labels).item(),
+            "val_score": accuracy,
+            "val_accuracy": accuracy,
+        }
 
     def test(self) -> dict[str, Any]:
         scores, labels = self.logits("test"), self.sets["test"].labels

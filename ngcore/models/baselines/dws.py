@@ -51,9 +51,7 @@ class WeightSpace:
         for block in wiring.blocks:
             bias = wiring.groups[block.target].bias
             if bias is None:
-                raise ValueError(
-                    f"DWSNet reads MLPs with biases: the layer of parameter {block.weight} has none"
-                )
+                raise ValueError(f"DWSNet reads MLPs with biases: the layer of parameter {block.weight} has none")
             axes[block.weight] = (block.target, block.source)
             axes[bias] = (block.target,)
         support = {name: tuple(g for g in groups if g in self._hidden) for name, groups in axes.items()}
@@ -80,8 +78,7 @@ class WeightSpace:
     def features(self, parameters: Mapping[str, Tensor]) -> list[Float[Tensor, "batch ..."]]:
         """Parameters by name as one tensor per support: (batch, *sizes of the support, multiplicity)."""
         return [
-            torch.cat([self.fold(name, parameters[name]) for name in self.having(s)], dim=-1)
-            for s in self.supports
+            torch.cat([self.fold(name, parameters[name]) for name in self.having(s)], dim=-1) for s in self.supports
         ]
 
 
@@ -208,7 +205,5 @@ class DWSNet(ParameterReader):
         features = self.space.features(self.standardized(graph))
         for layer, norm in zip(self.layers, self.norms, strict=True):
             features = norm(layer(features))
-        pooled = [
-            poolings(x, s, self.reduction)[()] for x, s in zip(features, self.space.supports, strict=True)
-        ]
+        pooled = [poolings(x, s, self.reduction)[()] for x, s in zip(features, self.space.supports, strict=True)]
         return self.head(torch.cat(pooled, dim=-1))
