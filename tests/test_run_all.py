@@ -175,8 +175,9 @@ def write_notebook(path, *sources, parameters='profile = "quick"\nsize = 1\ntrai
 
 
 @pytest.fixture
-def study(tmp_path):
+def study(tmp_path, monkeypatch):
     """Two notebooks, of which the second fails, and a profile."""
+    monkeypatch.setenv("NGCORE_OUTPUT", str(tmp_path))
     notebooks = tmp_path / "notebooks"
     (notebooks / "profiles").mkdir(parents=True)
     show = "import os, sys\nprint([profile, size, train, sys.executable, os.getcwd()])"

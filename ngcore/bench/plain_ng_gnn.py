@@ -213,10 +213,10 @@ class Layer(nn.Module):
         edges: Float[Tensor, "edges width"],
     ) -> tuple[Float[Tensor, "nodes width"], Float[Tensor, "edges width"]]:
         aggregated = self.propagation(nodes, edge_index, self.film(edges), self.message)
-        nodes = self.output(self.update(torch.cat([nodes, aggregated], dim=-1)))
+        change = self.output(self.update(torch.cat([nodes, aggregated], dim=-1)))
         if self.last:
-            return nodes, edges
-        nodes = self.dropout(F.silu(self.norm(nodes)))
+            return nodes + change, edges
+        nodes = nodes + self.dropout(F.silu(self.norm(change)))
         source, target = edge_index
         mixed = self.edge_state(edges) + self.edge_source(nodes[source]) + self.edge_target(nodes[target])
         return nodes, self.edge_output(F.silu(mixed))

@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from ngcore.data import siren
 from ngcore.data.images import Images, load_images
 
+MAX_IMAGES = 100_000  # more than any split holds
 SHARD = 256  # networks per file
 BATCH = {"cpu": 16, "cuda": SHARD}  # networks per tensor program: on a CPU the working set stays in its cache
 
@@ -48,6 +49,11 @@ class Recipe:
     @property
     def name(self) -> str:
         return f"{self.dataset}_{self.split}_{self.steps}steps_lr{self.learning_rate:g}_seed{self.seed}"
+
+    def initial_seeds(self, index: Tensor) -> list[int]:
+        """A seed for every image's network, its own within the data set: no two of train and test share one."""
+        first = self.seed * 2 * MAX_IMAGES + (MAX_IMAGES if self.split == "test" else 0)
+        return (first + index).tolist()
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,7 @@ class _Batch:
         rows = torch.arange(BATCH[self.device] if self.compiled else count).clamp(max=count - 1)
         fit = siren.fit_sirens(
             self.images.pixels[rows].to(self.device).float() / 255,
-            siren.initialize(self.images.index[rows].tolist(), self.recipe.seed).to(self.device),
+            siren.initialize(self.recipe.initial_seeds(self.images.index[rows])).to(self.device),
             steps=self.recipe.steps,
             learning_rate=self.recipe.learning_rate,
             compiled=self.compiled,

@@ -31,22 +31,21 @@ SHAPES = {
 NUM_PARAMETERS = sum(math.prod(shape) for shape in SHAPES.values())
 
 
-def unflatten(flat: Float[Tensor, "n {NUM_PARAMETERS}"]) -> dict[str, Tensor]:
+def unflatten(flat: Float[Tensor, "n 1185"]) -> dict[str, Tensor]:
     """Views of flat parameter vectors, by parameter name: (n, out, in) weights and (n, out) biases."""
     parts = flat.split([math.prod(shape) for shape in SHAPES.values()], dim=1)
     return {name: part.unflatten(1, shape) for (name, shape), part in zip(SHAPES.items(), parts, strict=True)}
 
 
-def initialize(indices: Iterable[int], seed: int) -> Float[Tensor, "n {NUM_PARAMETERS}"]:
-    """Initial parameters, each network's drawn from its own seed: an INR does not depend on its batch.
+def initialize(seeds: Iterable[int]) -> Float[Tensor, "n 1185"]:
+    """Initial parameters, each network's drawn from its own seed below 2³²: an INR does not depend on its batch.
 
     Sine layers ~ U(±sqrt(6 / fan_in) / 30), the first included, with zero biases; the last layer is PyTorch's default.
     """
     rows = []
-    for index in indices:
-        generator = torch.Generator().manual_seed(seed * 2**32 + index)
-        uniform = torch.rand(NUM_PARAMETERS, generator=generator).mul_(2).sub_(1)
-        rows.append(uniform)
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        rows.append(torch.rand(NUM_PARAMETERS, generator=generator).mul_(2).sub_(1))
     flat = torch.stack(rows)
     parameters = unflatten(flat)
     for i, fan_in in enumerate(SIZES[:-2]):
@@ -136,7 +135,7 @@ class Fit:
 @torch.no_grad()
 def fit_sirens(
     images: Float[Tensor, "n side side"],
-    initial: Float[Tensor, "n {NUM_PARAMETERS}"],
+    initial: Float[Tensor, "n 1185"],
     *,
     steps: int,
     learning_rate: float,

@@ -17,7 +17,9 @@ FREQUENCIES = 128
 COMPILATION = {"dynamic": False, "options": {"fallback_random": True}}
 
 
-def fourier_features(x: Float[Tensor, "*batch 1"], frequencies: Float[Tensor, " k"]) -> Float[Tensor, "*batch 2*k"]:
+def fourier_features(
+    x: Float[Tensor, "*batch 1"], frequencies: Float[Tensor, " k"]
+) -> Float[Tensor, "*batch features"]:
     """Gaussian Fourier features [cos(2π x B), sin(2π x B)] (Tancik et al. 2020) of one scalar."""
     phase = (2 * math.pi) * x * frequencies
     return torch.cat([phase.cos(), phase.sin()], dim=-1)
@@ -131,7 +133,7 @@ class Encoder(nn.Module):
         states = self.node_linear(states)
         return states if self.positions is None else states + self.positions[self.position_index]
 
-    def edge_affine(self) -> tuple[Float[Tensor, "width 2*k"], Float[Tensor, " width"]]:
+    def edge_affine(self) -> tuple[Float[Tensor, "width features"], Float[Tensor, " width"]]:
         """Weight and bias of the two edge Linears as one: nothing stands between them."""
         weight = self.edge_linear.weight @ self.edge_fourier.weight
         return weight, self.edge_linear.weight @ self.edge_fourier.bias + self.edge_linear.bias

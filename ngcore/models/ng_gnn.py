@@ -124,17 +124,17 @@ class NGGNNLayer(nn.Module):
         return nodes, tuple(states)
 
     def updated_nodes(self, group: int, v: Tensor, moments: list[Tensor]) -> Tensor:
-        """PNA's update: aggregates by identity and amplification, then the two Linears as one."""
+        """PNA's update, added to the node's state: aggregates by identity and amplification, then two Linears as one."""
         total, square, low, high = moments
         mean = total / self.degrees[group]
         std = ((square / self.degrees[group] - mean.square()).relu() + 1e-5).sqrt()
         own, plain, amplified = self.update.weight.split([WIDTH, 4 * WIDTH, 4 * WIDTH], dim=1)
         weight = self.output.weight @ torch.cat([own, plain + self.scalers[group] * amplified], dim=1)
         bias = self.output.weight @ self.update.bias + self.output.bias
-        v = F.linear(torch.cat([v, mean, low, high, std], dim=-1), weight, bias)
-        if not self.updated:
-            return v
-        return F.dropout(F.silu(self.norm(v)), self.dropout, self.training)
+        change = F.linear(torch.cat([v, mean, low, high, std], dim=-1), weight, bias)
+        if self.updated:
+            change = F.dropout(F.silu(self.norm(change)), self.dropout, self.training)
+        return v + change
 
 
 def combine(known: list[Tensor], found: list[Tensor]) -> list[Tensor]:
@@ -148,7 +148,7 @@ def first_edges(
     frequencies: Float[Tensor, "3 k"],
     affine: tuple[Tensor, Tensor],
     reverse: bool,
-) -> Float[Tensor, "batch _ _ {WIDTH}"]:
+) -> Float[Tensor, "batch _ _ 64"]:
     """First states of a block's edges, whose features [e, eᵀ, e + eᵀ] are [w, 0, w], or reversed [0, w, w]."""
     frequency = frequencies[int(reverse)] + frequencies[2]
     values = weights.transpose(1, 2) if reverse else weights
@@ -159,7 +159,9 @@ class NGGNN(nn.Module):
     """NG-GNN for a property of the whole input network: class scores of an INR's image.
 
     Reversed edges, with edge features [e, eᵀ, e + eᵀ]; 4 layers of width 64. For 10 classes and a 2-32-32-1 network
-    it has 331,466 parameters, with 64 probe features 348,746 (paper, appendix D.1). Layer norm is per node.
+    it has 331,466 parameters, with 64 probe features 348,746 (paper, appendix D.1). Layer norm is per node, and node
+    updates are residual: the paper does not say, but a plain stack hides the input behind its own constants at first
+    (after 64 steps of 32 MNIST INRs, 64 probe features, it is at chance, the residual one above 50 %).
 
     Args:
         wiring: of the input networks.

@@ -39,10 +39,10 @@ class RelationalAttention(nn.Module):
 
     def forward(
         self,
-        nodes: Float[Tensor, "batch n {NODE_WIDTH}"],
-        edges: Float[Tensor, "batch rows n {EDGE_WIDTH}"],
+        nodes: Float[Tensor, "batch n 64"],
+        edges: Float[Tensor, "batch rows n 32"],
         rows: slice,
-    ) -> Float[Tensor, "batch rows {NODE_WIDTH}"]:
+    ) -> Float[Tensor, "batch rows 64"]:
         """What the nodes `rows` gather from all nodes; `edges` are the pairs of these rows."""
         query, key, value = self.node_qkv(nodes).unflatten(-1, (3, HEADS, HEAD_WIDTH)).unbind(2)
         query = query[:, rows]
@@ -95,15 +95,15 @@ class NGTLayer(nn.Module):
         return F.dropout(x, self.dropout, self.training)
 
     def forward(
-        self, nodes: Float[Tensor, "batch n {NODE_WIDTH}"], edges: Float[Tensor, "batch rows n {EDGE_WIDTH}"]
-    ) -> tuple[Float[Tensor, "batch rows {NODE_WIDTH}"], Tensor]:
+        self, nodes: Float[Tensor, "batch n 64"], edges: Float[Tensor, "batch rows n 32"]
+    ) -> tuple[Float[Tensor, "batch rows 64"], Tensor]:
         """States of the attended nodes and of the updated pairs (as they came in the last layer)."""
         gathered = self.drop(self.attention(nodes, edges, self.attended))
         nodes = self.node_norm1(nodes[:, self.attended] + gathered)
         nodes = self.node_norm2(nodes + self.drop(self.node_feed2(F.gelu(self.node_feed1(nodes)))))
         return nodes, edges if self.updated is None else self.update_edges(nodes, edges, self.updated)
 
-    def update_edges(self, nodes: Tensor, edges: Tensor, rows: slice) -> Float[Tensor, "batch rows n {EDGE_WIDTH}"]:
+    def update_edges(self, nodes: Tensor, edges: Tensor, rows: slice) -> Float[Tensor, "batch rows n 32"]:
         """New states of the pairs (i, j) with i in `rows`, from e_ij, e_ji, v_i and v_j."""
         own, mirrored = edges[:, rows], edges[:, :, rows].transpose(1, 2)
         pair = self.edge_pair(torch.cat([own, mirrored], dim=-1))
@@ -158,7 +158,7 @@ class NGT(nn.Module):
         for layer in self.layers:
             layer.compile(**COMPILATION)
 
-    def first_edges(self, graph: NeuralGraph) -> Float[Tensor, "batch n n {EDGE_WIDTH}"]:
+    def first_edges(self, graph: NeuralGraph) -> Float[Tensor, "batch n n 32"]:
         """First states of all pairs; where the wiring has no edge the Fourier features are masked out."""
         weight, bias = self.encoder.edge_affine()
         offsets, size = self.wiring.offsets, self.wiring.num_nodes

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from ngcore.study.files import write_atomically
+from ngcore.study.runs import output_directory
 from ngcore.study.tables import method_order
 
 # Without dates and program versions, the same figure is the same file.
@@ -51,6 +52,11 @@ def style() -> None:
             "pdf.fonttype": 42,
         },
     )
+
+
+def figures_directory(profile: str) -> Path:
+    """Where a profile's tables and figures go: `figures/<profile>/`."""
+    return output_directory() / "figures" / profile
 
 
 def save_figure(fig: Figure, directory: Path, name: str) -> None:

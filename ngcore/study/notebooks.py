@@ -23,8 +23,7 @@ from ngcore.study.profiles import (
     load_profile,
     parameters_for,
 )
-
-ROOT = Path(__file__).resolve().parents[2]
+from ngcore.study.runs import ROOT, output_directory
 
 
 class NotebookError(RuntimeError):
@@ -34,7 +33,7 @@ class NotebookError(RuntimeError):
 def execute(profile: str, only: Sequence[str] | None = None, train: bool = True, root: Path = ROOT) -> dict[str, float]:
     """Execute the notebooks of `root/notebooks` in order, with the parameters of a profile.
 
-    Executed copies go to `root/executed/<profile>/NN_name.ipynb` and `.html`, also when a cell fails.
+    Executed copies go to `executed/<profile>/NN_name.ipynb` and `.html`, also when a cell fails.
     All parameters are checked before the first notebook starts; the times are printed at the end.
 
     Args:
@@ -49,7 +48,7 @@ def execute(profile: str, only: Sequence[str] | None = None, train: bool = True,
         NotebookError: a cell failed.
     """
     plan = _plan(profile, only, train, root / "notebooks")
-    directory = root / "executed" / profile
+    directory = output_directory() / "executed" / profile
     directory.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = {}
     try:

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from ngcore.study.files import replacing, write_atomically
 
+ROOT = Path(__file__).resolve().parents[2]
+
 Record = dict[str, Any]
 
 
@@ -31,7 +33,17 @@ class RunError(ValueError):
 
 def cache_directory() -> Path:
     """Where fitted INRs, full image sets and runs are kept: $NGCORE_CACHE, or `cache/` in the repository."""
-    return Path(os.environ.get("NGCORE_CACHE", Path(__file__).resolve().parents[2] / "cache"))
+    return Path(os.environ.get("NGCORE_CACHE", ROOT / "cache"))
+
+
+def results_directory(profile: str) -> Path:
+    """Where a profile's records are kept for all to see: `data/results/<profile>/`."""
+    return output_directory() / "data" / "results" / profile
+
+
+def output_directory() -> Path:
+    """The tree that `figures/`, `data/results/` and `executed/` are written to: $NGCORE_OUTPUT, or the repository."""
+    return Path(os.environ.get("NGCORE_OUTPUT", ROOT))
 
 
 def tensor_digest(tensors: Iterable[Tensor]) -> str:
@@ -120,16 +132,17 @@ class StoredRun:
             "metrics": metrics,
             "environment": environment,
         }
-        write_atomically(self.directory / "result.json", json.dumps(record, indent=1))
+        text = json.dumps(record, indent=1)
+        write_atomically(self.directory / "result.json", text)
         (self.directory / "checkpoint.pt").unlink(missing_ok=True)
-        return record
+        return json.loads(text)  # as it will be read again: JSON knows no tuples
 
 
 def environment(device: str) -> dict[str, Any]:
     """What a number depends on beside its config: versions, machine, commit."""
     described = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,

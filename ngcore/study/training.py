@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +45,7 @@ class Schedule:
     compiled: bool = False
 
 
+@runtime_checkable
 class Problem(Protocol):
     """What a task gives the loop."""
 
@@ -57,6 +60,11 @@ class Problem(Protocol):
 
     def test(self) -> dict[str, Any]:
         """Metrics on the test set, with the best weights loaded."""
+
+
+def can_compile() -> bool:
+    """Whether torch.compile has what it needs: a GPU, or a C++ compiler for the CPU."""
+    return torch.cuda.is_available() or any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++")))
 
 
 class DivergedError(FloatingPointError):

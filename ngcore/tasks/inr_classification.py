@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -58,8 +59,8 @@ class Config:
     Args:
         method: a key of METHODS.
         probes: probe points of NG-GNN and NG-T.
-        options: further arguments of the model, as pairs; rows that carry any are not the paper's.
-        recipe: what the tables call these options and this schedule; "paper" where they are the paper's.
+        options: further arguments of the model, as pairs.
+        recipe: "paper" for the paper's model, else what the tables call the variant that the options make.
     """
 
     dataset: str
@@ -68,7 +69,7 @@ class Config:
     seed: int
     data: INRData
     schedule: Schedule
-    augmentation: Augmentation | None = field(default_factory=Augmentation)
+    augmentation: Augmentation | None
     options: tuple[tuple[str, Any], ...] = ()
     recipe: str = "paper"
     task: str = "inr_classification"
@@ -91,6 +92,9 @@ ROWS = (
 )  # of tables 3 and 4: method and number of probe features
 
 
+SMOOTH = 0.3  # scale of the Fourier frequencies in the rows "smooth": nearby weights get nearby features
+
+
 def table_configs(
     data: INRData,
     schedule: Schedule,
@@ -98,13 +102,16 @@ def table_configs(
     seeds: Mapping[int, int],
     micro_batch: Mapping[str, int],
     compiled: Collection[str],
+    dropout: float,
+    augmentation: Augmentation | None,
 ) -> list[Config]:
-    """The runs of one table, the paper's eleven rows.
+    """The runs of one table: the paper's eleven rows.
 
     Args:
         seeds: number of probe features -> number of seeds.
         micro_batch: method -> networks per forward and backward pass; the whole batch where not named.
         compiled: the methods that are compiled.
+        dropout, augmentation: of all methods alike.
     """
     return [
         Config(
@@ -114,9 +121,20 @@ def table_configs(
             seed,
             data,
             replace(schedule, micro_batch=micro_batch.get(method, 0), compiled=method in compiled),
+            augmentation,
+            (("dropout", dropout),),
         )
         for method, probes in ROWS
         for seed in range(seeds[probes])
+    ]
+
+
+def smooth_configs(configs: Collection[Config], rows: Collection[tuple[str, int]]) -> list[Config]:
+    """Of some rows (method, probes) the variant with smooth Fourier features, which is not the paper's."""
+    return [
+        replace(config, options=(*config.options, ("sigma", SMOOTH)), recipe="smooth")
+        for config in configs
+        if (config.method, config.probes) in rows
     ]
 
 
@@ -133,9 +151,14 @@ def build_model(method: str, probes: int = 0, wiring: Wiring = WIRING, **options
     return METHODS[method](wiring, CLASSES, **({"probes": probes} if probes else {}), **options)
 
 
-def fit_inrs(data: INRData, *, workers: int = 1, compiled: bool = False) -> dict[str, INRSet]:
-    """The train, validation and test INRs; fitted where they are not stored yet."""
+def fit_inrs(data: INRData, *, workers: int | None = None, compiled: bool = False) -> dict[str, INRSet]:
+    """The train, validation and test INRs; fitted where they are not stored yet.
+
+    Args:
+        workers: processes; None for one per core, or one with a GPU.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    workers = workers or (1 if device == "cuda" else os.cpu_count() or 1)
     sets = {
         split: fit_set(
             Recipe(data.dataset, split, data.steps, data.learning_rate),
@@ -169,7 +192,7 @@ def row_of(record: Record) -> tuple[str, str, int]:
 @cache
 def load_data(data: INRData, device: str) -> tuple[dict[str, INRSet], str]:
     """The INRs on a device and the digest of all of them; kept for the process's further runs."""
-    sets = fit_inrs(data)
+    sets = fit_inrs(data, workers=1)
     tensors = (t for inrs in sets.values() for t in (*inrs.parameters.values(), inrs.labels))
     digest = tensor_digest(tensors)
     return {split: inrs.to(device) for split, inrs in sets.items()}, digest
