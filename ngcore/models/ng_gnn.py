@@ -124,7 +124,7 @@ class NGGNNLayer(nn.Module):
         return nodes, tuple(states)
 
     def updated_nodes(self, group: int, v: Tensor, moments: list[Tensor]) -> Tensor:
-        """PNA's update, added to the node's state: aggregates by identity and amplification, then two Linears as one."""
+        """PNA's update, added to the state: aggregates by identity and amplification, then two Linears as one."""
         total, square, low, high = moments
         mean = total / self.degrees[group]
         std = ((square / self.degrees[group] - mean.square()).relu() + 1e-5).sqrt()
