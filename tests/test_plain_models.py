@@ -202,7 +202,7 @@ def test_ng_gnn_layer_node_by_node():
             amplified = math.log(degrees[i] + 1) / delta * statistics
             state = layer.output(layer.update(torch.cat([nodes[i], statistics, amplified])))
             state = layer.norm(state)
-            expected = state * torch.sigmoid(state)
+            expected = nodes[i] + state * torch.sigmoid(state)
             torch.testing.assert_close(new_nodes[i], expected, atol=1e-9, rtol=0)
         for e, (j, i) in enumerate(edge_index.T.tolist()):
             state = layer.edge_state(edges[e])

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ngcore.study import figures, files, tables
+from ngcore.study import figures
 from ngcore.study.tables import beside_published, describe_scale, load_reported, summarize, write_table
 
 matplotlib.use("Agg")
@@ -141,19 +141,6 @@ def test_scale_in_words(records):
     records[0]["config"]["epochs"] = records[1]["config"]["epochs"] = records[2]["config"]["epochs"] = 1000
     text = describe_scale(records, "cpu", {"epochs": "epochs"})
     assert text == "Profile cpu: 20 to 1,000 epochs; 1 to 3 seeds; device cpu."
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "a.txt"
-    files.write_atomically(path, "old")
-
-    def no_space(*_):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(tables.os, "replace", no_space)
-    with pytest.raises(OSError, match="No space"):
-        files.write_atomically(path, "new")
-    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("a.txt", "old")]
 
 
 def test_saved_figures_are_reproducible(table, tmp_path):
