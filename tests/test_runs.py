@@ -163,6 +163,9 @@ def test_published_records_are_checked_and_filtered(tmp_path):
     record = task.run(CONFIG)
     runs.publish([record], tmp_path / "results")
     assert runs.published(tmp_path / "results", "inr_classification") == [record]
+    another = task.run(replace(CONFIG, seed=1))
+    runs.publish([another], tmp_path / "results")  # in place of the first
+    assert runs.published(tmp_path / "results", "inr_classification") == [another]
     with pytest.raises(RunError, match="no stored runs of dilation"):
         runs.published(tmp_path / "results", "dilation")
 

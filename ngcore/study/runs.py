@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -156,10 +156,15 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
-def publish(records: Iterable[Record], directory: Path) -> None:
-    """Keep the small records behind committed tables and figures as `<hash>.json`."""
+def publish(records: Sequence[Record], directory: Path) -> None:
+    """Keep the small records behind tables and figures as `<hash>.json`, in place of the tasks' earlier ones."""
     for record in records:
         write_atomically(directory / f"{record['hash']}.json", json.dumps(record, indent=1))
+    names = {record["hash"] for record in records}
+    tasks = {record["config"]["task"] for record in records}
+    for path in directory.glob("*.json"):
+        if path.stem not in names and read_record(path)["config"]["task"] in tasks:
+            path.unlink()
 
 
 def published(directory: Path, task: str) -> list[Record]:
