@@ -78,9 +78,11 @@ is_supported() {
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 }
 
-# Sets `environment` and `python`. A virtual environment comes before conda, whose base environment is often active by itself.
+# Sets `environment` and `python`. Conda's base environment is often active by itself: it is left alone.
 choose_environment() {
-    environment=${VIRTUAL_ENV:-${CONDA_PREFIX:-$root/.venv}}
+    environment=$root/.venv
+    [[ -n ${CONDA_PREFIX:-} && ${CONDA_DEFAULT_ENV:-} != base ]] && environment=$CONDA_PREFIX
+    [[ -n ${VIRTUAL_ENV:-} ]] && environment=$VIRTUAL_ENV
     python=$environment/bin/python
 }
 

@@ -1,6 +1,5 @@
 """Fitting INRs: against one network at a time with autograd and torch's Adam; storing; resuming; augmenting."""
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -11,6 +10,7 @@ from ngcore.bench.plain_inr import fit_one
 from ngcore.data import inrs, siren
 from ngcore.data.augment import Augmentation, rotation
 from ngcore.data.inrs import INRSet, Recipe, fit_set, layer_statistics
+from ngcore.study.training import can_compile
 
 RECIPE = Recipe("mnist", "test", steps=3, learning_rate=1e-3)
 
@@ -121,7 +121,7 @@ def test_a_stopped_fit_leaves_whole_shards_alone(tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "inrs" / RECIPE.name).iterdir()] == ["000000_000007.safetensors"]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "nan", "shape", "missing"])
+@pytest.mark.parametrize("damage", ["truncated", "nan", "shape", "missing", "labels", "lengths"])
 def test_a_damaged_shard_is_named(damage, tmp_path):
     fit_set(RECIPE, 4, tmp_path)
     (path,) = (tmp_path / "inrs" / RECIPE.name).iterdir()
@@ -134,10 +134,16 @@ def test_a_damaged_shard_is_named(damage, tmp_path):
     elif damage == "shape":
         tensors["layers.1.bias"] = tensors["layers.1.bias"][:, :5].contiguous()
         save_file(tensors, path)
+    elif damage == "labels":
+        tensors["labels"] = tensors["labels"].flip(0).contiguous()
+        save_file(tensors, path)
+    elif damage == "lengths":
+        tensors["psnr"] = tensors["psnr"][1:].contiguous()
+        save_file(tensors, path)
     else:
         del tensors["psnr"]
         save_file(tensors, path)
-    with pytest.raises(ValueError, match=path.name):
+    with pytest.raises(ValueError, match=RECIPE.name if damage == "labels" else path.name):
         fit_set(RECIPE, 4, tmp_path)
 
 
@@ -154,7 +160,6 @@ def test_statistics_are_of_all_parameters_of_a_layer():
 def test_published_statistics_are_for_every_layer():
     for weights, biases in inrs.PUBLISHED_STD.values():
         assert len(weights) == len(biases) == len(siren.SIZES) - 1
-    assert json.dumps(inrs.PUBLISHED_STD)
 
 
 def test_augmentation_moves_the_image():
@@ -193,3 +198,13 @@ def test_weight_dropout_zeroes_its_share_and_no_bias():
     assert (changed["layers.1.weight"] == 0).float().mean().item() == pytest.approx(0.1, abs=0.01)
     assert all((changed[name] == 1).all() for name in siren.SHAPES if name.endswith("bias"))
     assert all((values == 1).all() for values in parameters.values())  # the input is left alone
+
+
+@pytest.mark.skipif(not can_compile(), reason="torch.compile does not work here")
+def test_the_compiled_step_fits_the_same_networks():
+    images, initial = smooth_images(2), siren.initialize(range(2))
+    plain, compiled = (
+        siren.fit_sirens(images, initial, steps=10, learning_rate=1e-3, compiled=compiled) for compiled in (False, True)
+    )
+    for name, values in plain.parameters.items():
+        torch.testing.assert_close(compiled.parameters[name], values, rtol=1e-4, atol=1e-5)

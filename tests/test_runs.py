@@ -125,11 +125,24 @@ def test_one_failing_run_does_not_lose_the_others(cache):
     assert (stored_run(cache) / "result.json").exists()
 
 
-def test_a_diverging_run_is_named_and_keeps_its_checkpoint(cache):
-    config = replace(CONFIG, method="MLP", probes=0, schedule=replace(SCHEDULE, micro_batch=0))
-    task.run(replace(config, schedule=replace(config.schedule, epochs=1)))
-    with pytest.raises(DivergedError, match="diverged in epoch 0"):
-        task.run(replace(config, schedule=replace(config.schedule, learning_rate=float("inf"))))
+def test_a_diverging_run_is_named_and_keeps_its_checkpoint(cache, monkeypatch):
+    losses = []
+
+    def nan_in_the_second_epoch(problem, rows):
+        losses.append(original(problem, rows))
+        return losses[-1] * (float("nan") if len(losses) > 8 else 1)
+
+    original = task.Classification.loss
+    monkeypatch.setattr(task.Classification, "loss", nan_in_the_second_epoch)
+    with pytest.raises(DivergedError, match=r"diverged in epoch 1 .*'NG-GNN'"):
+        task.run(CONFIG)
+    assert torch.load(stored_run(cache) / "checkpoint.pt", weights_only=True)["epoch"] == 1
+
+
+@pytest.mark.parametrize("schedule", [replace(SCHEDULE, batch=17), replace(SCHEDULE, epochs=0)])
+def test_nothing_to_train_is_an_error(schedule):
+    with pytest.raises(ValueError, match=r"nothing to train: . epochs of 16 networks"):
+        task.run(replace(CONFIG, schedule=schedule))
 
 
 @pytest.mark.parametrize("change", ["config", "name", "text"])

@@ -99,6 +99,8 @@ def _read_shard(path: Path) -> INRSet:
         )
     except (SafetensorError, KeyError, OSError) as error:
         raise ValueError(f"{path} is not a shard of INRs ({error}); delete it and fit again") from error
+    if not len(inrs.labels) == len(inrs.index) == len(inrs.psnr):
+        raise ValueError(f"{path}: labels, index and psnr have different lengths; delete the file and fit again")
     for name, shape in siren.SHAPES.items():
         values = inrs.parameters[name]
         if tuple(values.shape) != (len(inrs), *shape):
@@ -184,7 +186,7 @@ def fit_set(
     paths = [directory / f"{shard[0]:06d}_{shard[-1]:06d}.safetensors" for shard in rows]
     missing = {path: shard for path, shard in zip(paths, rows, strict=True) if not path.exists()}
     work = {path: _batches(recipe, images, shard, device, compiled) for path, shard in missing.items()}
-    title = f"fitting INRs ({recipe.dataset}, {recipe.split})"
+    title = f"fitting {recipe.dataset} INRs ({recipe.split})"
     total = sum(len(shard) for shard in missing.values())
     with tqdm(total=total, desc=title, unit="INR", disable=not missing) as bar, _pool(workers) as execute:
         fitted, psnr = 0, 0.0
@@ -197,7 +199,12 @@ def fit_set(
                 bar.update(len(part))
                 bar.set_postfix_str(f"mean PSNR {psnr / fitted:.2f} dB")
             _write_shard(path, _concatenate(shard))
-    return _concatenate([_read_shard(path) for path in paths])
+    inrs = _concatenate([_read_shard(path) for path in paths])
+    if not (torch.equal(inrs.index, images.index) and torch.equal(inrs.labels, images.labels)):
+        raise ValueError(
+            f"{directory} holds INRs of other images than {recipe.dataset} {recipe.split}; delete it and fit again"
+        )
+    return inrs
 
 
 @contextmanager

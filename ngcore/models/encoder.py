@@ -80,7 +80,8 @@ class ProbeFeatures(nn.Module):
         self.norm = nn.ModuleList(nn.LayerNorm(width) for _ in wiring.groups)
 
     def forward(self, graph: NeuralGraph) -> Float[Tensor, "batch nodes width"]:
-        values = activations(graph, self.points)
+        with torch.autocast(self.points.device.type, enabled=False):  # a sine's phase needs all of its digits
+            values = activations(graph, self.points)
         return torch.cat(
             [norm(project(x)) for x, project, norm in zip(values, self.project, self.norm, strict=True)],
             dim=1,

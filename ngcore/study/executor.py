@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import queue
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -42,14 +41,18 @@ def execute_all(run: Run, configs: Sequence[Any], *, workers: int | None = None)
         RunsFailed: after all runs have ended; it names every config that failed, and why.
     """
     gpu = torch.cuda.is_available()
-    workers = min(len(configs), workers or (1 if gpu else os.cpu_count() or 1))
-    threads = max(1, (os.cpu_count() or 1) // max(1, workers))
+    workers = min(len(configs), workers or (1 if gpu else torch.get_num_threads()))
+    threads = max(1, torch.get_num_threads() // max(1, workers))
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager:
         messages = manager.Queue()
         with ProcessPoolExecutor(workers, context, _start_worker, (messages, threads)) as pool:
             futures = {pool.submit(_execute, run, config): i for i, config in enumerate(configs)}
-            return _collect(futures, configs, messages)
+            try:
+                return _collect(futures, configs, messages)
+            except BaseException:  # the stop button: let go of the runs that wait
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
 
 def _collect(futures: dict[Future, int], configs: Sequence[Any], messages: Any) -> list[Record]:
@@ -72,7 +75,8 @@ def _collect(futures: dict[Future, int], configs: Sequence[Any], messages: Any) 
                 if future.exception() is None:
                     records[i] = future.result()
                 else:
-                    failures.append(f"{configs[i]}: {future.exception()!r}")
+                    failures.append((configs[i], future.exception()))
     if failures:
-        raise RunsFailed(f"{len(failures)} of {len(configs)} runs failed:\n" + "\n".join(failures))
+        reasons = "\n".join(f"{config}: {error!r}" for config, error in failures)
+        raise RunsFailed(f"{len(failures)} of {len(configs)} runs failed:\n{reasons}") from failures[0][1]
     return [records[i] for i in range(len(configs))]

@@ -16,6 +16,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from ngcore.study.files import write_atomically
 from ngcore.study.runs import output_directory
@@ -138,11 +139,13 @@ def training_curves(
         epochs, mean = np.arange(1, values.shape[1] + 1), values.mean(axis=0)
         line = _LINES[counts.index(probes) % len(_LINES)]
         label = f"{method}, {probes} probes" if probes else method
-        ax.plot(epochs, mean, color=_colour(method), linestyle=line, label=label)
+        marker = "o" if len(epochs) == 1 else None  # a line of one point would not be seen
+        ax.plot(epochs, mean, color=_colour(method), linestyle=line, marker=marker, label=label)
         if len(values) > 1:
             deviation = values.std(axis=0, ddof=1)
             ax.fill_between(epochs, mean - deviation, mean + deviation, color=_colour(method), alpha=0.15, lw=0)
     ax.set_xlabel("Epoch")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_ylabel(ylabel or quantity)
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 

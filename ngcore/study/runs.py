@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -140,31 +141,40 @@ class StoredRun:
 
 def environment(device: str) -> dict[str, Any]:
     """What a number depends on beside its config: versions, machine, commit."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU ({os.cpu_count()} cores)"
     return {
         "device": name,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": described.stdout.strip() or "unknown",
+        "commit": _commit(),
     }
 
 
+def _commit() -> str:
+    """The checkout's commit, "unknown" outside of one."""
+    if shutil.which("git") is None:
+        return "unknown"
+    command = ["git", "describe", "--always", "--dirty"]
+    described = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return described.stdout.strip() or "unknown"
+
+
 def publish(records: Sequence[Record], directory: Path) -> None:
-    """Keep the small records behind tables and figures as `<hash>.json`, in place of the tasks' earlier ones."""
+    """Keep the small records behind tables and figures as `<hash>.json`, in place of earlier ones.
+
+    Earlier records of the same tasks and data sets go: a table never mixes the runs of two settings.
+    """
     for record in records:
         write_atomically(directory / f"{record['hash']}.json", json.dumps(record, indent=1))
     names = {record["hash"] for record in records}
-    tasks = {record["config"]["task"] for record in records}
+    subjects = {_subject(record) for record in records}
     for path in directory.glob("*.json"):
-        if path.stem not in names and read_record(path)["config"]["task"] in tasks:
+        if path.stem not in names and _subject(read_record(path)) in subjects:
             path.unlink()
+
+
+def _subject(record: Record) -> tuple[str, str]:
+    return record["config"]["task"], record["config"]["dataset"]
 
 
 def published(directory: Path, task: str) -> list[Record]:

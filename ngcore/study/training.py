@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -62,9 +61,15 @@ class Problem(Protocol):
         """Metrics on the test set, with the best weights loaded."""
 
 
+@cache
 def can_compile() -> bool:
-    """Whether torch.compile has what it needs: a GPU, or a C++ compiler for the CPU."""
-    return torch.cuda.is_available() or any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++")))
+    """Whether torch.compile works here: it needs a C++ compiler and Python's headers. Found out by trying."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.compile(torch.sin)(torch.zeros(8, device=device))
+    except torch._dynamo.exc.BackendCompilerFailed:
+        return False
+    return True
 
 
 class DivergedError(FloatingPointError):
@@ -85,6 +90,11 @@ def train(
     Raises:
         DivergedError: names the run, the epoch and the step; the last checkpoint stays.
     """
+    if min(schedule.epochs, problem.train_size // schedule.batch) < 1:
+        raise ValueError(
+            f"nothing to train: {schedule.epochs} epochs of {problem.train_size} networks "
+            f"in batches of {schedule.batch}; at least one epoch and one whole batch are needed"
+        )
     started = time.monotonic()
     model = problem.model
     device = next(model.parameters()).device

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -36,7 +35,7 @@ FASHION_LABELS = (
     "Bag",
     "Boot",
 )
-EVALUATION_BATCH = {"cpu": 64, "cuda": 2048}
+EVALUATION_BATCH = {"cpu": 64, "cuda": 256}
 WIRING = mlp(siren.SIZES, "sine")
 
 
@@ -158,7 +157,7 @@ def fit_inrs(data: INRData, *, workers: int | None = None, compiled: bool = Fals
         workers: processes; None for one per core, or one with a GPU.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    workers = workers or (1 if device == "cuda" else os.cpu_count() or 1)
+    workers = workers or (1 if device == "cuda" else torch.get_num_threads())
     sets = {
         split: fit_set(
             Recipe(data.dataset, split, data.steps, data.learning_rate),
