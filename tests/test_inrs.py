@@ -10,7 +10,6 @@ from ngcore.bench.plain_inr import fit_one
 from ngcore.data import inrs, siren
 from ngcore.data.augment import Augmentation, rotation
 from ngcore.data.inrs import INRSet, Recipe, fit_set, layer_statistics
-from ngcore.study.training import can_compile
 
 RECIPE = Recipe("mnist", "test", steps=3, learning_rate=1e-3)
 
@@ -200,8 +199,7 @@ def test_weight_dropout_zeroes_its_share_and_no_bias():
     assert all((values == 1).all() for values in parameters.values())  # the input is left alone
 
 
-@pytest.mark.skipif(not can_compile(), reason="torch.compile does not work here")
-def test_the_compiled_step_fits_the_same_networks():
+def test_the_compiled_step_fits_the_same_networks(compiler):
     images, initial = smooth_images(2), siren.initialize(range(2))
     plain, compiled = (
         siren.fit_sirens(images, initial, steps=10, learning_rate=1e-3, compiled=compiled) for compiled in (False, True)

@@ -11,7 +11,6 @@ from ngcore.graph import NeuralGraph, mlp, permute, random_permutations
 from ngcore.graph.simulate import activations
 from ngcore.models import NGGNN, NGT
 from ngcore.models.encoder import ProbeFeatures, Standardize
-from ngcore.study.training import can_compile
 
 INR = mlp([2, 32, 32, 1], "sine")
 MODELS = [NGGNN, NGT]
@@ -168,8 +167,7 @@ def test_nan_is_named(random_graph):
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.skipif(not can_compile(), reason="torch.compile does not work here")
-def test_compiled_parts_give_the_same_scores_and_gradients(model):
+def test_compiled_parts_give_the_same_scores_and_gradients(model, compiler):
     """With dropout: compiled or not, the same random numbers are drawn."""
     wiring = mlp([2, 4, 1], "sine")
     torch.manual_seed(0)

@@ -91,16 +91,13 @@ def layer_statistics(inrs: INRSet) -> list[tuple[str, float, float]]:
 def _read_shard(path: Path) -> INRSet:
     try:
         tensors = load_file(path)
-        inrs = INRSet(
-            {name: tensors[name] for name in siren.SHAPES},
-            tensors["labels"],
-            tensors["index"],
-            tensors["psnr"],
-        )
+        parameters = {name: tensors[name] for name in siren.SHAPES}
+        labels, index, reached = (tensors[name] for name in ("labels", "index", "psnr"))
     except (SafetensorError, KeyError, OSError) as error:
         raise ValueError(f"{path} is not a shard of INRs ({error}); delete it and fit again") from error
-    if not len(inrs.labels) == len(inrs.index) == len(inrs.psnr):
+    if not len(labels) == len(index) == len(reached):
         raise ValueError(f"{path}: labels, index and psnr have different lengths; delete the file and fit again")
+    inrs = INRSet(parameters, labels, index, reached)
     for name, shape in siren.SHAPES.items():
         values = inrs.parameters[name]
         if tuple(values.shape) != (len(inrs), *shape):
