@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from ngcore.graph import NeuralGraph, Wiring
-from ngcore.study.training import can_compile
 
 
 @pytest.fixture
@@ -24,10 +23,3 @@ def random_graph(generator):
         return wiring.graph(state)
 
     return make
-
-
-@pytest.fixture
-def compiler() -> None:
-    """For tests of compiled code: skips them where torch.compile does not work."""
-    if not can_compile():
-        pytest.skip("torch.compile needs a C++ compiler")

@@ -164,24 +164,3 @@ def test_nan_is_named(random_graph):
     graph.edges[1][2, 0, 1] = float("nan")
     with pytest.raises(ValueError, match=r"layers\.1\.weight of network 2"):
         Standardize(graph.wiring).fit(graph)
-
-
-@pytest.mark.parametrize("model", MODELS)
-def test_compiled_parts_give_the_same_scores_and_gradients(model, compiler):
-    """With dropout: compiled or not, the same random numbers are drawn."""
-    wiring = mlp([2, 4, 1], "sine")
-    torch.manual_seed(0)
-    metanetwork = model(wiring, 3, dropout=0.2)
-    graph = random_batch(wiring, 4, torch.float32)
-
-    def scores_and_gradients():
-        torch.manual_seed(1)
-        metanetwork.zero_grad()
-        scores = metanetwork(graph)
-        scores.square().sum().backward()
-        return scores.detach(), torch.cat([p.grad.flatten() for p in metanetwork.parameters()])
-
-    eager = scores_and_gradients()
-    metanetwork.compile_parts()
-    for plain, compiled in zip(eager, scores_and_gradients(), strict=True):
-        assert (compiled - plain).norm() < 1e-5 * plain.norm()

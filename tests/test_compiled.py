@@ -1,0 +1,52 @@
+"""Compiled code against eager code, in a process of its own: torch.compile can't read functions under type checks."""
+
+import subprocess
+import sys
+
+import pytest
+
+MODEL = """
+import torch
+from ngcore.graph import mlp
+from ngcore.models import NGGNN, NGT
+
+torch.manual_seed(0)
+wiring = mlp([2, 4, 1], "sine")
+metanetwork = {model}(wiring, 3, dropout=0.2)  # compiled or not, the same random numbers are drawn
+graph = wiring.graph({{name: 0.3 * torch.randn(4, *shape) for name, shape in wiring.shapes.items()}})
+
+def scores_and_gradients():
+    torch.manual_seed(1)
+    metanetwork.zero_grad()
+    scores = metanetwork(graph)
+    scores.square().sum().backward()
+    return scores.detach(), torch.cat([p.grad.flatten() for p in metanetwork.parameters()])
+
+eager = scores_and_gradients()
+metanetwork.compile_parts()
+for plain, compiled in zip(eager, scores_and_gradients(), strict=True):
+    assert (compiled - plain).norm() < 1e-5 * plain.norm(), (compiled, plain)
+"""
+
+FIT = """
+import torch
+from ngcore.data import siren
+
+x, y = siren.pixel_coordinates()
+images = torch.stack([0.5 + 0.3 * torch.sin(x + phase) * torch.cos(y) for phase in (0, 1)]).unflatten(1, (28, 28))
+fits = [
+    siren.fit_sirens(images, siren.initialize(range(2)), steps=10, learning_rate=1e-3, compiled=compiled)
+    for compiled in (False, True)
+]
+for name, values in fits[0].parameters.items():
+    torch.testing.assert_close(fits[1].parameters[name], values, rtol=1e-4, atol=1e-5)
+"""
+
+
+@pytest.mark.parametrize("script", [FIT, MODEL.format(model="NGGNN"), MODEL.format(model="NGT")])
+def test_compiled_agrees_with_eager(script):
+    check = "from ngcore.study.training import can_compile\nif not can_compile(): raise SystemExit(3)\n"
+    found = subprocess.run([sys.executable, "-W", "ignore", "-c", check + script], capture_output=True, text=True)
+    if found.returncode == 3:
+        pytest.skip("torch.compile needs a C++ compiler and Python's headers")
+    assert found.returncode == 0, found.stderr
