@@ -145,6 +145,7 @@ def training_curves(
             deviation = values.std(axis=0, ddof=1)
             ax.fill_between(epochs, mean - deviation, mean + deviation, color=_colour(method), alpha=0.15, lw=0)
     ax.set_xlabel("Epoch")
+    ax.set_xlim(0.5, len(epochs) + 0.5)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_ylabel(ylabel or quantity)
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
