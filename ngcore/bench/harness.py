@@ -30,8 +30,6 @@ WORKER_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": KEPT_BYTES,
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     "OMP_NUM_THREADS": "2",
-    # idle threads sleep: spinning ones cost a time slice at every barrier when something else wants the cores
-    "OMP_WAIT_POLICY": "passive",
 }
 COLUMNS = ("name", "unit", "ours", "reference", "ratio", "memory_mb")
 

@@ -17,7 +17,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ngcore.graph import NeuralGraph, Wiring
+from ngcore.models.dropout import dropout
 from ngcore.models.encoder import COMPILATION, Encoder, fourier_features
+from ngcore.models.moments import Moments
 
 WIDTH = 64
 LAYERS = 4
@@ -102,14 +104,18 @@ class NGGNNLayer(nn.Module):
             nodes[g]: (batch, size of g, 64)
             edges[i]: (batch, targets, sources, f) of the i-th direction, f as `affine` takes it
         """
-        read = [F.linear(edge, *affine).split(WIDTH, dim=-1) for edge in edges]
+        weight, bias = affine
+        film = weight[: 2 * WIDTH], bias[: 2 * WIDTH]
+        read = [
+            F.linear(edge, *(affine if direction in self.updated else film)).split(WIDTH, dim=-1)
+            for direction, edge in zip(self.directions, edges, strict=True)
+        ]
         target_weight, source_weight = self.message.weight.split(WIDTH, dim=1)
         to = [F.linear(v, target_weight, self.message.bias) for v in nodes]
         of = [F.linear(v, source_weight) for v in nodes]
-        moments: dict[int, list[Tensor]] = {}
+        moments: dict[int, tuple[Tensor, ...]] = {}
         for direction, (scale, shift, *_) in zip(self.directions, read, strict=True):
-            message = scale * (to[direction.target].unsqueeze(2) + of[direction.source].unsqueeze(1)) + shift
-            found = [message.sum(2), message.square().sum(2), message.amin(2), message.amax(2)]
+            found = Moments.apply(scale, shift, to[direction.target], of[direction.source])
             known = moments.get(direction.target)
             moments[direction.target] = found if known is None else combine(known, found)
         nodes = tuple(self.updated_nodes(g, v, moments[g]) if g in moments else v for g, v in enumerate(nodes))
@@ -118,12 +124,12 @@ class NGGNNLayer(nn.Module):
         to = [F.linear(v, self.edge_target.weight, self.edge_target.bias) for v in nodes]
         of = [F.linear(v, self.edge_source.weight, self.edge_source.bias) for v in nodes]
         states = []
-        for direction, (_, _, state) in zip(self.directions, read, strict=True):
+        for direction, (*_, state) in zip(self.directions, read, strict=True):
             if direction in self.updated:
                 states.append(F.silu(state + to[direction.target].unsqueeze(2) + of[direction.source].unsqueeze(1)))
         return nodes, tuple(states)
 
-    def updated_nodes(self, group: int, v: Tensor, moments: list[Tensor]) -> Tensor:
+    def updated_nodes(self, group: int, v: Tensor, moments: tuple[Tensor, ...]) -> Tensor:
         """PNA's update, added to the state: aggregates by identity and amplification, then two Linears as one."""
         total, square, low, high = moments
         mean = total / self.degrees[group]
@@ -133,14 +139,14 @@ class NGGNNLayer(nn.Module):
         bias = self.output.weight @ self.update.bias + self.output.bias
         change = F.linear(torch.cat([v, mean, low, high, std], dim=-1), weight, bias)
         if self.updated:
-            change = F.dropout(F.silu(self.norm(change)), self.dropout, self.training)
+            change = dropout(F.silu(self.norm(change)), self.dropout, self.training)
         return v + change
 
 
-def combine(known: list[Tensor], found: list[Tensor]) -> list[Tensor]:
+def combine(known: tuple[Tensor, ...], found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Sum, sum of squares, minimum and maximum over two sets of messages to the same nodes."""
     total, square, low, high = zip(known, found, strict=True)
-    return [sum(total), sum(square), torch.minimum(*low), torch.maximum(*high)]
+    return sum(total), sum(square), torch.minimum(*low), torch.maximum(*high)
 
 
 def first_edges(

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ngcore.graph import NeuralGraph, Wiring
+from ngcore.models.dropout import dropout
 from ngcore.models.encoder import COMPILATION, Encoder, fourier_features
 
 NODE_WIDTH = 64
@@ -92,7 +93,7 @@ class NGTLayer(nn.Module):
             self.edge_norm2 = nn.LayerNorm(EDGE_WIDTH)
 
     def drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training)
+        return dropout(x, self.dropout, self.training)
 
     def forward(
         self, nodes: Float[Tensor, "batch n 64"], edges: Float[Tensor, "batch rows n 32"]

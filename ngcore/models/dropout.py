@@ -1,0 +1,21 @@
+"""Dropout from 16 random bits a value: on many CPUs a Bernoulli draw costs seven times as much, a tenth of NG-T's step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+LEVELS = 1 << 16
+
+
+def dropout(x: Float[Tensor, "*shape"], probability: float, training: bool) -> Float[Tensor, "*shape"]:
+    """`x` with values zeroed at `probability`, a multiple of 2⁻¹⁶, and the others scaled to the same mean."""
+    dropped = round(probability * LEVELS)
+    if not training or dropped == 0:
+        return x
+    words = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64, device=x.device).random_(-(1 << 63), None)
+    levels = words.view(torch.int16)[: x.numel()].view(x.shape)
+    return x * (levels >= dropped - LEVELS // 2) * (LEVELS / (LEVELS - dropped))

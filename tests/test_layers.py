@@ -1,0 +1,75 @@
+"""NG-GNN's aggregation with its backward pass by hand, and dropout from random bits, against torch's own."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from ngcore.models.dropout import dropout
+from ngcore.models.moments import Moments, messages
+
+
+def leaves(batch, targets, sources, width, values=torch.randn):
+    shapes = [(batch, targets, sources, width)] * 2 + [(batch, targets, width), (batch, sources, width)]
+    return [values(*shape).double().requires_grad_() for shape in shapes]
+
+
+def by_autograd(*inputs):
+    message = messages(*inputs)
+    return message.sum(2), message.square().sum(2), message.amin(2), message.amax(2)
+
+
+def gradients(function, inputs, weights):
+    outputs = function(*inputs)
+    return torch.autograd.grad(sum((w * o).sum() for w, o in zip(weights, outputs, strict=True)), inputs)
+
+
+def small_integers(*shape):
+    return torch.randint(-1, 2, shape)
+
+
+@pytest.mark.parametrize("values", [torch.randn, small_integers], ids=["distinct", "many ties"])
+@settings(max_examples=10, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 5), st.integers(1, 3))
+def test_moments_and_their_gradients_are_those_of_autograd(values, batch, targets, sources, width):
+    inputs = leaves(batch, targets, sources, width, values)
+    for ours, plain in zip(Moments.apply(*inputs), by_autograd(*inputs), strict=True):
+        assert torch.equal(ours, plain)
+    weights = torch.randn(4, batch, targets, width, dtype=torch.float64)
+    for ours, plain in zip(
+        gradients(Moments.apply, inputs, weights), gradients(by_autograd, inputs, weights), strict=True
+    ):
+        torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_dropout_keeps_the_mean_and_drops_as_often_as_torch():
+    torch.manual_seed(0)
+    x = torch.ones(1000, 777, requires_grad=True)  # no multiple of the four values that share a random word
+    y = dropout(x, 0.2, training=True)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(gradient, y.detach())
+    kept = 65536 / (65536 - 13107)
+    assert y.unique().tolist() == pytest.approx([0.0, kept])
+    error = 4 * (0.2 * 0.8 / x.numel()) ** 0.5  # four standard deviations of a Bernoulli mean
+    for dim in (0, 1):
+        assert ((y == 0).double().mean(dim) - 0.2).abs().max() < 5 * (0.2 * 0.8 / x.shape[dim]) ** 0.5
+    assert abs((y == 0).double().mean().item() - 0.2) < error
+    assert abs((F.dropout(x, 0.2) == 0).double().mean().item() - 0.2) < error
+
+
+def test_dropout_draws_anew_and_by_seed():
+    x = torch.ones(1000)
+    draws = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        draws.append(dropout(x, 0.5, training=True))
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+    assert not torch.equal(dropout(x, 0.5, training=True), dropout(x, 0.5, training=True))
+
+
+@pytest.mark.parametrize(("probability", "training"), [(0.0, True), (0.5, False)])
+def test_no_dropout_is_the_identity(probability, training):
+    x = torch.randn(3, 4)
+    assert dropout(x, probability, training) is x
