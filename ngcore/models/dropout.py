@@ -1,4 +1,4 @@
-"""Dropout from 16 random bits a value: on many CPUs a Bernoulli draw costs seven times as much, a tenth of NG-T's step."""
+"""Dropout from 16 random bits a value: on many CPUs a Bernoulli draw costs seven times as much."""
 
 from __future__ import annotations
 
