@@ -2,6 +2,18 @@
 
 from ngcore.graph.neural_graph import NeuralGraph
 from ngcore.graph.symmetry import permute, random_permutations
+from ngcore.graph.trace import TraceError, rule, trace
 from ngcore.graph.wiring import Block, Group, Wiring, mlp
 
-__all__ = ["Block", "Group", "NeuralGraph", "Wiring", "mlp", "permute", "random_permutations"]
+__all__ = [
+    "Block",
+    "Group",
+    "NeuralGraph",
+    "TraceError",
+    "Wiring",
+    "mlp",
+    "permute",
+    "random_permutations",
+    "rule",
+    "trace",
+]

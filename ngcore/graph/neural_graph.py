@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch_geometric.data import Data
 
 if TYPE_CHECKING:
-    from ngcore.graph.wiring import Wiring
+    from ngcore.graph.wiring import View, Wiring
 
 
 @dataclass(frozen=True)
@@ -20,20 +21,24 @@ class NeuralGraph:
 
     Shapes:
         nodes[g]: (*batch, size of group g, features)
-        edges[b]: (*batch, size of block b's target, size of its source, features)
+        edges[b]: (*batch, targets of block b, sources of a target, features)
+        others: what the wiring does not place on the graph, e.g. running statistics, as it came
     """
 
     wiring: Wiring
     nodes: tuple[Tensor, ...]
     edges: tuple[Tensor, ...]
+    others: Mapping[str, Tensor] = field(default_factory=dict)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> NeuralGraph:
         """The same wiring with `function` applied to every tensor, e.g. to index, move or cast them."""
-        return NeuralGraph(self.wiring, tuple(map(function, self.nodes)), tuple(map(function, self.edges)))
+        nodes, edges = tuple(map(function, self.nodes)), tuple(map(function, self.edges))
+        return NeuralGraph(self.wiring, nodes, edges, self.others)
 
     def __getitem__(self, index: object) -> NeuralGraph:
         """Index the batch axes of every tensor."""
-        return self.map(lambda tensor: tensor[index])
+        others = {name: values[index] for name, values in self.others.items()}
+        return replace(self.map(lambda tensor: tensor[index]), others=others)
 
     @property
     def num_networks(self) -> int:
@@ -42,13 +47,31 @@ class NeuralGraph:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The parameters, exactly as they were laid in: the inverse of `Wiring.graph`."""
-        state = {}
+        state: dict[str, Tensor] = {}
         for block, edges in zip(self.wiring.blocks, self.edges, strict=True):
-            state[block.weight] = edges.squeeze(-1)
-            bias = self.wiring.groups[block.target].bias
-            if bias is not None:
-                state[bias] = self.nodes[block.target].squeeze(-1)
-        return state
+            if block.weight is not None and not block.tied:
+                self._give_back(state, block.weight, block.view, edges)
+            self._give_bias_back(state, block.target)
+        for g in range(len(self.wiring.groups)):
+            self._give_bias_back(state, g)
+        state.update((alias, state[name]) for alias, name in self.wiring.aliases)
+        return {**state, **self.others}
+
+    def _give_bias_back(self, state: dict[str, Tensor], g: int) -> None:
+        group = self.wiring.groups[g]
+        if group.bias is not None and not group.tied and (group.view is not None or group.bias not in state):
+            self._give_back(state, group.bias, group.view, self.nodes[g])
+
+    def _give_back(self, state: dict[str, Tensor], name: str, view: View | None, values: Tensor) -> None:
+        """Write features to where they came from; a whole parameter comes back as the view that it is."""
+        if view is None:
+            state[name] = values.squeeze(-1)
+            return
+        shape = self.wiring.shapes[name]
+        batch = values.shape[: values.dim() - 3] if len(view.size) > 1 else values.shape[: values.dim() - 2]
+        if name not in state:
+            state[name] = values.new_empty(*batch, *shape)
+        view(state[name], len(batch)).copy_(values.reshape(*batch, *view.size))
 
     def to_data(self) -> Data:
         """One network as torch_geometric `Data`.
@@ -58,14 +81,13 @@ class NeuralGraph:
         """
         if self.edges[0].dim() != 3:
             raise ValueError("to_data takes one network: index the batch first, as in graph[0].to_data()")
-        groups, offsets = self.wiring.groups, self.wiring.offsets
+        groups = self.wiring.groups
         device = self.edges[0].device
+        features = max(edges.shape[-1] for edges in self.edges)
         index, attributes = [], []
         for block, edges in zip(self.wiring.blocks, self.edges, strict=True):
-            target = offsets[block.target] + torch.arange(edges.shape[0], device=device)
-            source = offsets[block.source] + torch.arange(edges.shape[1], device=device)
-            index.append(torch.cartesian_prod(target, source).T.flip(0))
-            attributes.append(edges.flatten(0, 1))
+            index.append(self.wiring.edge_index(block).to(device))
+            attributes.append(pad(edges.flatten(0, 1), (0, features - edges.shape[-1])))
         sizes = torch.tensor([group.size for group in groups], device=device)
         layer = torch.tensor([group.layer for group in groups], device=device)
         role = torch.tensor([("input", "hidden", "output").index(group.role) for group in groups], device=device)

@@ -6,23 +6,52 @@ A wiring holds no weights. It is read once per architecture; `Wiring.graph` then
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from ngcore.graph.neural_graph import NeuralGraph
+from ngcore.graph.spaces import Space
+from ngcore.graph.symmetry_group import Symmetry
 
 Role = Literal["input", "hidden", "output"]
+
+
+@dataclass(frozen=True)
+class View:
+    """Where in a parameter's memory some of its elements lie: sizes, strides and offset as of `Tensor.as_strided`."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> View:
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
+
+    def narrow(self, axis: int, start: int, length: int) -> View:
+        size = (*self.size[:axis], length, *self.size[axis + 1 :])
+        return View(size, self.stride, self.offset + start * self.stride[axis])
+
+    def __call__(self, parameter: Tensor, batch: int) -> Tensor:
+        """The elements, as a view behind the parameter's first `batch` axes."""
+        parameter = parameter.contiguous()
+        axes = parameter.shape[:batch], parameter.stride()[:batch]
+        offset = parameter.storage_offset() + self.offset
+        return parameter.as_strided((*axes[0], *self.size), (*axes[1], *self.stride), offset)
 
 
 @dataclass(frozen=True)
 class Group:
     """A set of neurons of one layer.
 
-    `bias` names the parameter of shape (size,) that becomes their node feature, None where they have none.
-    `activation` is what is applied to the neurons' sums; `layer` counts from 0 at the input.
+    `bias` names the parameter that becomes their node feature, None where they have none; `view` says which of its
+    elements, None for all, in order. `activation` is what is applied to the neurons' sums; `layer` counts from 0 at
+    the input; `where` is the path of the module that they belong to. `tied`: the bias has its place in an earlier
+    group.
     """
 
     size: int
@@ -30,23 +59,57 @@ class Group:
     layer: int
     activation: str = "identity"
     bias: str | None = None
+    view: View | None = None
+    where: str = ""
+    tied: bool = False
 
 
 @dataclass(frozen=True)
 class Block:
-    """A complete bipartite set of edges: parameter `weight`, of shape (target size, source size)."""
+    """Edges from some neurons of one group to some of another, each source to each target.
+
+    With `groups` the neurons fall into as many parts, in order, and edges stay inside a part: grouped convolutions,
+    normalization (every neuron a part) and residual connections.
+
+    Attributes:
+        weight: the parameter on the edges; None where they have none and the value 1 (residuals, products).
+        kind: what the edges do, e.g. "linear", "convolution", "normalization", "residual", "product".
+        kernel: sizes of a convolution's kernel, whose positions are the features in row-major order.
+        view: where its elements lie, as (groups, targets of a part, sources of a part, *features); None for a whole
+            parameter of shape (targets, sources).
+        source_nodes, target_nodes: places in the groups; None for all.
+        tied: these edges share their parameter with an earlier block.
+    """
 
     source: int
     target: int
-    weight: str
+    weight: str | None
+    kind: str = "linear"
+    view: View | None = None
+    groups: int = 1
+    kernel: tuple[int, ...] = ()
+    source_nodes: Sequence[int] | None = None
+    target_nodes: Sequence[int] | None = None
+    tied: bool = False
 
 
 @dataclass(frozen=True)
 class Wiring:
-    """Groups of neurons and the blocks of edges between them. Hashable, so that it can key a cache."""
+    """Groups of neurons and the blocks of edges between them. Hashable, so that it can key a cache.
+
+    Attributes:
+        parameters: name and shape of every parameter on the graph.
+        aliases: further names under which parameters occur in the state dict, with the first one.
+        others: entries of the state dict that are not on the graph: running statistics, what no operator reads.
+        symmetry: the permutations that keep the network's function.
+    """
 
     groups: tuple[Group, ...]
     blocks: tuple[Block, ...]
+    parameters: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    aliases: tuple[tuple[str, str], ...] = ()
+    others: tuple[str, ...] = ()
+    symmetry: Symmetry = field(default_factory=lambda: Symmetry({}), compare=False, repr=False)
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
@@ -64,13 +127,7 @@ class Wiring:
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every parameter of the input network, by name, in the order of its layers."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        for block in self.blocks:
-            target = self.groups[block.target]
-            shapes[block.weight] = (target.size, self.groups[block.source].size)
-            if target.bias is not None:
-                shapes[target.bias] = (target.size,)
-        return shapes
+        return dict(self.parameters)
 
     def with_role(self, *roles: Role) -> tuple[int, ...]:
         """Indices of the groups that have one of these roles."""
@@ -85,7 +142,16 @@ class Wiring:
         Raises:
             ValueError: names the parameter that is missing, unknown, or of another shape.
         """
-        unknown = sorted(set(state_dict) - set(self.shapes))
+        batch = self._batch_axes(state_dict)
+        first = next(iter(state_dict[name] for name in self.shapes))
+        nodes = tuple(self._node_features(group, state_dict, first, batch) for group in self.groups)
+        edges = tuple(self._edge_features(block, state_dict, first, batch) for block in self.blocks)
+        return NeuralGraph(self, nodes, edges, {name: state_dict[name] for name in self.others if name in state_dict})
+
+    def _batch_axes(self, state_dict: Mapping[str, Tensor]) -> tuple[int, ...]:
+        """The axes before the parameters' own, the same for all."""
+        known = {*self.shapes, *dict(self.aliases), *self.others}
+        unknown = sorted(set(state_dict) - known)
         missing = sorted(set(self.shapes) - set(state_dict))
         if unknown or missing:
             raise ValueError(f"parameters do not fit the wiring: missing {missing}, unknown {unknown}")
@@ -98,13 +164,45 @@ class Wiring:
             if batch is not None and axes != batch:
                 raise ValueError(f"parameter {name} has batch axes {axes}, the parameters before it {batch}")
             batch = axes
-        first = state_dict[self.blocks[0].weight]
-        nodes = tuple(
-            first.new_zeros(*batch, group.size, 1) if group.bias is None else state_dict[group.bias].unsqueeze(-1)
-            for group in self.groups
+        return batch
+
+    def _node_features(
+        self, group: Group, state_dict: Mapping[str, Tensor], first: Tensor, batch: tuple[int, ...]
+    ) -> Tensor:
+        if group.bias is None:
+            return first.new_zeros(1).expand(*batch, group.size, 1)
+        bias = state_dict[group.bias]
+        return (bias if group.view is None else group.view(bias, len(batch))).unsqueeze(-1)
+
+    def _edge_features(
+        self, block: Block, state_dict: Mapping[str, Tensor], first: Tensor, batch: tuple[int, ...]
+    ) -> Tensor:
+        if block.weight is None:
+            targets = self.groups[block.target].size if block.target_nodes is None else len(block.target_nodes)
+            sources = self.groups[block.source].size if block.source_nodes is None else len(block.source_nodes)
+            return first.new_ones(1).expand(*batch, targets, sources // block.groups, 1)
+        weight = state_dict[block.weight]
+        if block.view is None:
+            return weight.unsqueeze(-1)
+        seen = block.view(weight, len(batch)).flatten(len(batch), len(batch) + 1)
+        return seen.flatten(len(batch) + 2) if len(block.view.size) > 3 else seen.unsqueeze(-1)
+
+    def edge_index(self, block: Block) -> Tensor:
+        """Source and target of every edge of a block, (2, edges), in the order of its features."""
+        source, target = (
+            self.offsets[group] + torch.arange(self.groups[group].size)
+            if nodes is None
+            else self.offsets[group] + torch.tensor(list(nodes))
+            for group, nodes in ((block.source, block.source_nodes), (block.target, block.target_nodes))
         )
-        edges = tuple(state_dict[block.weight].unsqueeze(-1) for block in self.blocks)
-        return NeuralGraph(self, nodes, edges)
+        sources, targets = source.view(block.groups, 1, -1), target.view(block.groups, -1, 1)
+        return torch.stack([x.flatten() for x in torch.broadcast_tensors(sources, targets)])
+
+    def check_finite(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Raise a ValueError that names the first parameter with NaN or infinite elements."""
+        for name in self.shapes:
+            if not torch.isfinite(state_dict[name]).all():
+                raise ValueError(f"parameter {name} holds NaN or infinity")
 
 
 def mlp(sizes: Sequence[int], activation: str = "relu") -> Wiring:
@@ -120,4 +218,10 @@ def mlp(sizes: Sequence[int], activation: str = "relu") -> Wiring:
         role: Role = "output" if i == last else "hidden"
         groups.append(Group(size, role, i, "identity" if i == last else activation, f"layers.{i - 1}.bias"))
     blocks = tuple(Block(i, i + 1, f"layers.{i}.weight") for i in range(last))
-    return Wiring(tuple(groups), blocks)
+    spaces = [Space(size, pinned=i in (0, last)) for i, size in enumerate(sizes)]
+    axes: dict[str, tuple[Space, ...]] = {}
+    for i in range(last):
+        axes[f"layers.{i}.weight"] = (spaces[i + 1], spaces[i])
+        axes[f"layers.{i}.bias"] = (spaces[i + 1],)
+    parameters = tuple((name, tuple(space.size for space in own)) for name, own in axes.items())
+    return Wiring(tuple(groups), blocks, parameters, symmetry=Symmetry(axes))

@@ -1,0 +1,339 @@
+"""Spaces: what the axes of a network's tensors run over, and which of their permutations the network allows.
+
+Tracing gives every axis of every tensor a space. Operators relate spaces: an addition makes two of them one, a view
+splits one into a product, a slice into a sum, a constant that varies along one pins it. What is left free when the
+whole network has been read is its group of neuron permutations: one symmetric group per free leaf, once for every
+value of the leaves on which it depends (every head permutes its dimensions by itself).
+
+Sound always: what is not understood is pinned. Permutations only, no signs, scales or rotations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+Kind = Literal["leaf", "uniform", "sum", "product", "family"]
+
+
+class Space:
+    """A finite set that an axis runs over.
+
+    Kinds: a leaf has no structure; a `uniform` one carries equal values, like an expanded axis, and is never bound; a
+    sum or a product is made of `parts`, in the order of the axis; a family is a leaf that differs with another one,
+    `index`, of which it has one part for every value.
+    """
+
+    __slots__ = ("depends", "index", "kind", "link", "parts", "pinned", "size")
+
+    def __init__(self, size: int, kind: Kind = "leaf", parts: Sequence[Space] = (), pinned: bool = False) -> None:
+        self.size, self.kind, self.parts, self.pinned = size, kind, list(parts), pinned
+        self.link: Space | None = None  # the space that this one turned out to be
+        self.index: Space | None = None
+        # a leaf depends on the spaces that occur in every one of these lists, if there is any list
+        self.depends: list[list[Space]] = []
+
+    def become(self, other: Space) -> None:
+        """From now on this leaf is `other`, whose leaves may depend on each other and on what this one did."""
+        self.link = other
+        for leaf in leaves(other):
+            leaf.depends += [[*known, other] for known in self.depends]
+        if self.pinned:
+            pin(other)
+
+
+def uniform(size: int) -> Space:
+    return Space(size, "uniform")
+
+
+def resolve(space: Space) -> Space:
+    while space.link is not None:
+        space = space.link
+    return space
+
+
+def parts(space: Space, kind: Kind) -> list[Space]:
+    """The parts of a sum or product, nested ones opened; any other space is its own single part."""
+    space = resolve(space)
+    if space.kind != kind:
+        return [space]
+    return [inner for part in space.parts for inner in parts(part, kind)]
+
+
+def sum_of(spaces: Iterable[Space]) -> Space:
+    """Concatenation."""
+    flat = [p for space in spaces for p in parts(space, "sum") if p.size]
+    return flat[0] if len(flat) == 1 else Space(sum(p.size for p in flat), "sum", flat)
+
+
+def product_of(spaces: Iterable[Space]) -> Space:
+    """Several axes flattened into one."""
+    flat = [p for space in spaces for p in parts(space, "product") if p.size != 1]
+    if not flat:
+        return uniform(1)
+    if all(p.kind == "uniform" for p in flat):
+        return uniform(math.prod(p.size for p in flat))
+    return flat[0] if len(flat) == 1 else Space(math.prod(p.size for p in flat), "product", flat)
+
+
+def leaves(space: Space) -> list[Space]:
+    """All leaves, in order; those of a family's parts too."""
+    space = resolve(space)
+    if space.kind == "leaf":
+        return [space]
+    return [leaf for part in space.parts for leaf in leaves(part)]
+
+
+def pin(*spaces: Space) -> None:
+    """Allow no permutation."""
+    for space in spaces:
+        for leaf in leaves(space):
+            leaf.pinned = True
+
+
+def pinned_leaf(size: int) -> Space:
+    return Space(size, pinned=True) if size != 1 else uniform(1)
+
+
+def is_pinned(space: Space) -> bool:
+    return all(leaf.pinned for leaf in leaves(space))
+
+
+class IncompatibleError(Exception):
+    """Two structures of one space that have no common refinement."""
+
+
+def split_product(space: Space, sizes: Sequence[int]) -> list[Space]:
+    """Axes of these sizes whose flattening is the space.
+
+    Raises:
+        IncompatibleError: the space has a structure that these sizes cut through.
+    """
+    space = resolve(space)
+    if len(sizes) == 1:
+        return [space]
+    if space.kind == "uniform":
+        return [uniform(size) for size in sizes]
+    if space.kind == "leaf":
+        children: list[Space] = []
+        for size in sizes:
+            child = pinned_leaf(size) if space.pinned or size == 1 else Space(size)
+            child.depends = [[*known, *children] for known in space.depends] or ([children.copy()] if children else [])
+            children.append(child)
+        space.link = product_of(children)
+        return children
+    if space.kind == "product":
+        return _regroup(parts(space, "product"), sizes)
+    if space.kind == "sum":
+        return _split_sum_as_product(space, sizes)
+    raise IncompatibleError
+
+
+def _regroup(factors: list[Space], sizes: Sequence[int]) -> list[Space]:
+    """Cut and join the factors of a product to these sizes."""
+    waiting, found = list(factors), []
+    for size in sizes:
+        taken: list[Space] = []
+        missing = size
+        while missing > 1:
+            factor = resolve(waiting.pop(0))
+            if missing % factor.size == 0:
+                taken.append(factor)
+                missing //= factor.size
+            elif factor.size % missing == 0:
+                first, rest = split_product(factor, [missing, factor.size // missing])
+                taken.append(first)
+                waiting.insert(0, rest)
+                missing = 1
+            else:
+                raise IncompatibleError
+        found.append(product_of(taken))
+    return found
+
+
+def _split_sum_as_product(space: Space, sizes: Sequence[int]) -> list[Space]:
+    """The outermost axis is cut where the sum is; the inner axes are the same for all of its parts."""
+    inner = math.prod(sizes[1:])
+    if any(part.size % inner for part in parts(space, "sum")):
+        raise IncompatibleError
+    split = [split_product(part, [part.size // inner, *sizes[1:]]) for part in parts(space, "sum")]
+    outer = sum_of(columns[0] for columns in split)
+    axes = [columns for columns in zip(*split, strict=True)][1:]
+    joined = []
+    for column in axes:
+        axis = column[0]
+        for other in column[1:]:
+            axis = unify(axis, other)
+        joined.append(axis)
+    return [outer, *joined]
+
+
+def cut(space: Space, sizes: Sequence[int]) -> list[Space]:
+    """Consecutive pieces of these sizes, of which the space becomes the sum.
+
+    Raises:
+        IncompatibleError: the space is a product whose rows these sizes cut through.
+    """
+    space = resolve(space)
+    if len(sizes) == 1:
+        return [space]
+    if space.kind == "uniform":
+        return [uniform(size) for size in sizes]
+    if space.kind == "leaf":
+        pieces = [Space(size, pinned=space.pinned or size == 1) for size in sizes]
+        for piece in pieces:
+            piece.depends = [list(known) for known in space.depends]
+        space.link = sum_of(pieces)
+        return pieces
+    if space.kind == "sum":
+        return _regroup_sum(parts(space, "sum"), sizes)
+    if space.kind == "product":
+        first, *rest = parts(space, "product")
+        inner = math.prod(factor.size for factor in rest)
+        if any(size % inner for size in sizes):
+            raise IncompatibleError
+        return [product_of([piece, *rest]) for piece in cut(first, [size // inner for size in sizes])]
+    raise IncompatibleError
+
+
+def _regroup_sum(pieces: list[Space], sizes: Sequence[int]) -> list[Space]:
+    waiting, found = list(pieces), []
+    for size in sizes:
+        taken: list[Space] = []
+        missing = size
+        while missing:
+            piece = resolve(waiting.pop(0))
+            if piece.size > missing:
+                piece, rest = cut(piece, [missing, piece.size - missing])
+                waiting.insert(0, rest)
+            taken.append(piece)
+            missing -= piece.size
+        found.append(sum_of(taken))
+    return found
+
+
+def unify(a: Space, b: Space) -> Space:
+    """Make two spaces one, index by index; what has no common structure is pinned."""
+    a, b = resolve(a), resolve(b)
+    if a is b or b.kind == "uniform":
+        return a
+    if a.kind == "uniform":
+        return b
+    if a.kind == "leaf" and b.kind == "leaf":
+        b.link = a
+        a.pinned |= b.pinned
+        a.depends += b.depends
+        return a
+    try:
+        if b.kind == "leaf":
+            a, b = b, a
+        if a.kind == "leaf":
+            return _bind(a, b)
+        return _unify_structures(a, b)
+    except IncompatibleError:
+        pin(a, b)
+        return a
+
+
+def _bind(leaf: Space, structure: Space) -> Space:
+    """Give a leaf the structure of another space; where that is uniform the leaf stays free."""
+    if leaf.pinned:
+        pin(structure)
+    if structure.kind == "family":
+        leaf.become(structure)
+        return structure
+    inner = parts(structure, structure.kind)
+    sizes = [part.size for part in inner]
+    own = split_product(leaf, sizes) if structure.kind == "product" else cut(leaf, sizes)
+    joined = [unify(mine, other) for mine, other in zip(own, inner, strict=True)]
+    return product_of(joined) if structure.kind == "product" else sum_of(joined)
+
+
+def _unify_structures(a: Space, b: Space) -> Space:
+    kinds = {a.kind, b.kind}
+    if kinds == {"product"}:
+        sizes = _common_factors([p.size for p in parts(a, "product")], [p.size for p in parts(b, "product")])
+        pairs = zip(split_product(a, sizes), split_product(b, sizes), strict=True)
+        return product_of([unify(x, y) for x, y in pairs])
+    if kinds <= {"product", "sum"}:
+        sizes = _common_pieces([p.size for p in parts(a, "sum")], [p.size for p in parts(b, "sum")])
+        return sum_of([unify(x, y) for x, y in zip(cut(a, sizes), cut(b, sizes), strict=True)])
+    raise IncompatibleError
+
+
+def _common_factors(first: list[int], second: list[int]) -> list[int]:
+    """The sizes of the coarsest product that refines two products of the same size."""
+    a, b, sizes = list(first), list(second), []
+    while a and b:
+        x, y = a.pop(0), b.pop(0)
+        small, large, rest = (x, y, b) if x <= y else (y, x, a)
+        if large % small:
+            raise IncompatibleError
+        sizes.append(small)
+        if large > small:
+            rest.insert(0, large // small)
+    return sizes
+
+
+def _common_pieces(first: list[int], second: list[int]) -> list[int]:
+    """The sizes of the coarsest sum that refines two sums of the same size."""
+    ends = sorted({*_running(first), *_running(second)})
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _running(sizes: Iterable[int]) -> list[int]:
+    total, ends = 0, []
+    for size in sizes:
+        total += size
+        ends.append(total)
+    return ends
+
+
+def select(axes: Sequence[Space], dim: int, position: int) -> list[Space]:
+    """The axes left of a tensor when one of them is fixed; spaces that depended on it turn into families."""
+    axis = resolve(axes[dim])
+    others = [*axes[:dim], *axes[dim + 1 :]]
+    if axis.kind == "sum":
+        for part in parts(axis, "sum"):
+            if position < part.size:
+                return select([*axes[:dim], part, *axes[dim + 1 :]], dim, position)
+            position -= part.size
+    if axis.kind != "leaf":
+        pin(axis)
+        return others
+    axis.pinned = True
+    _make_families(axis, others)
+    return [_at(other, axis, position) for other in others]
+
+
+def _make_families(index: Space, axes: Sequence[Space]) -> None:
+    """Turn the leaves that depend on `index` into families over it."""
+    found = [leaf for axis in axes for leaf in dict.fromkeys(leaves(axis)) if index in dependencies(leaf)]
+    if any(leaf.pinned for leaf in found):
+        found = [leaf for leaf in found if not leaf.pinned]
+    for leaf in found:
+        members = [Space(leaf.size) for _ in range(index.size)]
+        for i, member in enumerate(members):
+            member.depends = [
+                [_at(other, index, i) for other in known if resolve(other) is not index] for known in leaf.depends
+            ]
+        leaf.kind, leaf.index, leaf.parts = "family", index, members
+
+
+def _at(space: Space, index: Space, position: int) -> Space:
+    """The space where `index` has this value."""
+    space = resolve(space)
+    if space.kind == "family" and resolve(space.index) is index:
+        return resolve(space.parts[position])
+    if space.kind == "product":
+        return product_of([_at(part, index, position) for part in parts(space, "product")])
+    if space.kind == "sum":
+        return sum_of([_at(part, index, position) for part in parts(space, "sum")])
+    return space
+
+
+def dependencies(leaf: Space) -> set[Space]:
+    """The leaves on which this one may depend."""
+    known = [{inner for space in spaces for inner in leaves(space)} for spaces in leaf.depends]
+    return set.intersection(*known) - {leaf} if known else set()

@@ -1,0 +1,420 @@
+"""Reading the wiring of any PyTorch network: its operators, walked once with neurons in place of activations."""
+
+from __future__ import annotations
+
+import math
+import operator
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from ngcore.graph.spaces import Space, pin, pinned_leaf, resolve, uniform
+from ngcore.graph.symmetry_group import Symmetry
+from ngcore.graph.wiring import Block, Group, Role, View, Wiring
+
+NO_NEURON = -1
+
+
+@dataclass
+class Value:
+    """What is known of a tensor of the network.
+
+    Attributes:
+        axes: the space of every axis.
+        ids: the neuron behind every element, int64, broadcastable to the shape: an axis along which it does not vary
+            has length 1; `NO_NEURON` where there is none (a statistic, a constant). None for an input of the network
+            of which nothing has been read yet.
+        slot: the parameter, and which of its elements this tensor is: a view of a meta tensor of its shape.
+        constant: the numbers, where they depend on no parameter and no input.
+        source: the node of the exported graph that made it.
+    """
+
+    shape: tuple[int, ...]
+    axes: list[Space]
+    ids: Tensor | None = None
+    slot: tuple[str, Tensor] | None = None
+    constant: Tensor | None = None
+    source: fx.Node | None = None
+
+    @property
+    def kind(self) -> str:
+        return "parameter" if self.slot is not None else "constant" if self.constant is not None else "activation"
+
+
+@dataclass
+class Neurons:
+    """A group of neurons while the network is being read."""
+
+    start: int
+    size: int
+    role: Role
+    where: str
+    activation: str = "identity"
+    bias: tuple[str, View] | None = None
+    tied: bool = False
+    read: bool = False
+    maker: fx.Node | None = None
+
+
+class TraceError(ValueError):
+    """A network that can't be read; the message names the operator, where it is, and what to do."""
+
+
+Rule = Callable[..., Any]
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register how operators are read, by their names: `@rule("linear")` on a function (reader, *arguments) -> Value.
+
+    Arguments come as the operator's own, with `Value`s for tensors. Names without a dot are ATen's; operators of other
+    libraries have theirs before the dot.
+    """
+
+    def register(function: Rule) -> Rule:
+        RULES.update((name if "." in name else f"aten.{name}", function) for name in names)
+        return function
+
+    return register
+
+
+@dataclass
+class Reader:
+    """Walks an exported graph and collects groups, blocks and the spaces of all tensors."""
+
+    module: nn.Module
+    owners: dict[str, str]
+    groups: list[Neurons] = field(default_factory=list)
+    blocks: list[Block] = field(default_factory=list)
+    axes: dict[str, tuple[Space, ...]] = field(default_factory=dict)
+    tensors: list[tuple[Space, ...]] = field(default_factory=list)
+    placed: set[tuple[str, int]] = field(default_factory=set)
+    vocabularies: dict[Any, Tensor] = field(default_factory=dict)
+    node: fx.Node | None = None
+
+    @property
+    def where(self) -> str:
+        """Path of the module whose operator is being read."""
+        stack = self.node.meta.get("nn_module_stack") or {}
+        return next(reversed(stack.values()), ("",))[0].removeprefix("L['self'].") if stack else ""
+
+    def fail(self, problem: str) -> TraceError:
+        target = getattr(self.node, "target", "")
+        return TraceError(f"{problem} (operator {target}, module '{self.where or type(self.module).__name__}')")
+
+    # Neurons
+
+    def new_neurons(self, size: int, role: Role = "hidden") -> Tensor:
+        """A new group; its ids, (size,)."""
+        start = self.groups[-1].start + self.groups[-1].size if self.groups else 0
+        self.groups.append(Neurons(start, size, role, self.where, maker=self.node))
+        return torch.arange(start, start + size)
+
+    def group_of(self, neuron: int) -> int:
+        return bisect_right(self.groups, neuron, key=lambda group: group.start) - 1
+
+    def groups_of(self, ids: Tensor) -> list[int]:
+        """The groups in which these neurons are, in the order in which they were made."""
+        return torch.unique(self.places(ids[ids != NO_NEURON])).tolist()
+
+    def places(self, ids: Tensor) -> Tensor:
+        """Index of the group of every neuron."""
+        starts = np.array([group.start for group in self.groups])
+        return torch.from_numpy(np.searchsorted(starts, ids.numpy(), side="right") - 1)
+
+    def bare(self, ids: Tensor, source: fx.Node | None) -> bool:
+        """Whether these neurons are still nothing but sums that only the operator being read will see."""
+        groups = self.groups_of(ids)
+        used_once = source is not None and sum(user.target is not SLICE_SCATTER for user in source.users) <= 1
+        return (
+            used_once
+            and bool((ids != NO_NEURON).all())
+            and all(
+                not self.groups[g].read and self.groups[g].activation == "identity" and self.groups[g].role == "hidden"
+                for g in groups
+            )
+        )
+
+    # Blocks
+
+    def connect(
+        self,
+        sources: Tensor,
+        targets: Tensor,
+        kind: str,
+        slot: tuple[str, Tensor] | None = None,
+        groups: int = 1,
+        kernel: tuple[int, ...] = (),
+    ) -> None:
+        """Edges from neurons to neurons; `slot` is viewed as (groups, targets, sources, *features) of each group."""
+        name, view = (None, None) if slot is None else (slot[0], View.of(slot[1]))
+        shape = (groups, len(targets) // groups, len(sources) // groups)
+        pieces = [(sources, targets, view, shape)]
+        for axis in (0, 2, 1):
+            pieces = [smaller for piece in pieces for smaller in self._cut(*piece, axis)]
+        for own_sources, own_targets, own_view, own_shape in pieces:
+            source, target = self.group_of(int(own_sources[0])), self.group_of(int(own_targets[0]))
+            self.groups[source].read = True
+            self.blocks.append(
+                Block(
+                    source,
+                    target,
+                    name,
+                    kind=kind,
+                    view=own_view,
+                    groups=own_shape[0],
+                    kernel=kernel,
+                    source_nodes=as_nodes(own_sources - self.groups[source].start),
+                    target_nodes=as_nodes(own_targets - self.groups[target].start),
+                    tied=own_view is not None and (name, own_view.offset) in self.placed,
+                )
+            )
+        self.placed |= {(name, piece.offset) for _, _, piece, _ in pieces if piece is not None}
+
+    def _cut(self, sources: Tensor, targets: Tensor, view: View | None, shape: tuple[int, int, int], axis: int):
+        """Cut edges along an axis of their block where the neurons along it come from another group."""
+        groups, rows, columns = shape
+        source_groups = self.places(sources).view(groups, columns)
+        target_groups = self.places(targets).view(groups, rows)
+        along = {
+            0: torch.stack([source_groups[:, 0], target_groups[:, 0]], 1),
+            1: target_groups.T[:, :1],
+            2: source_groups.T[:, :1],
+        }[axis]
+        ends = [*(torch.nonzero((along[1:] != along[:-1]).any(1)).flatten() + 1).tolist(), shape[axis]]
+        start = 0
+        for end in ends:
+            cut_sources = sources.view(groups, columns)
+            cut_targets = targets.view(groups, rows)
+            if axis != 1:
+                cut_sources = cut_sources[start:end] if axis == 0 else cut_sources[:, start:end]
+            if axis != 2:
+                cut_targets = cut_targets[start:end] if axis == 0 else cut_targets[:, start:end]
+            cut_shape = tuple(end - start if i == axis else n for i, n in enumerate(shape))
+            cut_view = None if view is None else view.narrow(axis, start, end - start)
+            yield cut_sources.flatten(), cut_targets.flatten(), cut_view, cut_shape
+            start = end
+
+    def give_bias(self, ids: Tensor, slot: tuple[str, Tensor]) -> None:
+        """Make a parameter of one number per neuron the bias of a new group."""
+        group = self.groups[self.group_of(int(ids[0]))]
+        group.bias = slot[0], View.of(slot[1])
+        group.tied = (slot[0], slot[1].storage_offset()) in self.placed
+        self.placed.add((slot[0], slot[1].storage_offset()))
+
+    # Values
+
+    def activation(self, shape: Sequence[int], axes: Sequence[Space], ids: Tensor | None) -> Value:
+        value = Value(tuple(shape), list(axes), None if ids is None else collapse(ids), source=self.node)
+        self.tensors.append(tuple(axes))
+        return value
+
+    def neurons(self, value: Value, axis: int) -> Tensor:
+        """Ids of an activation of which `axis` runs over neurons; an input's are made when it is first read."""
+        if value.ids is not None:
+            return value.ids
+        key = (value.source, axis % len(value.shape))
+        if key not in self.vocabularies:
+            shape = [1] * len(value.shape)
+            shape[axis] = value.shape[axis]
+            self.vocabularies[key] = self.new_neurons(value.shape[axis], "input").view(shape)
+        return self.vocabularies[key]
+
+
+SLICE_SCATTER = torch.ops.aten.slice_scatter.default
+
+
+def as_nodes(indices: Tensor) -> range | tuple[int, ...]:
+    """Indices as a range where they are consecutive."""
+    first, count = int(indices[0]), len(indices)
+    if torch.equal(indices, torch.arange(first, first + count)):
+        return range(first, first + count)
+    return tuple(indices.tolist())
+
+
+def collapse(ids: Tensor) -> Tensor:
+    """Give axes along which the neurons do not change the length 1."""
+    for dim in range(ids.dim()):
+        if ids.shape[dim] > 1 and (ids.stride(dim) == 0 or bool((ids == ids.narrow(dim, 0, 1)).all())):
+            ids = ids.narrow(dim, 0, 1)
+    return ids
+
+
+def constant_axes(values: Tensor) -> list[Space]:
+    """A constant pins the axes along which it varies."""
+    axes = []
+    for dim, size in enumerate(values.shape):
+        varies = values.numel() > 0 and not bool((values == values.narrow(dim, 0, 1)).all())
+        axes.append(pinned_leaf(size) if varies else uniform(size))
+    return axes
+
+
+def trace(module: nn.Module, *example_inputs: Any, **example_keywords: Any) -> Wiring:
+    """The wiring of a network, read from the operators that it runs on example inputs.
+
+    Choose examples with at least three positions along sequences and odd sizes along images: an axis of length 1
+    hides what happens along it. The network is read in evaluation mode; its weights do not matter.
+
+    Raises:
+        TraceError: the network can't be exported, or an operator has no rule; the message says which and where.
+    """
+    from ngcore.graph import rules  # noqa: F401  # registers the operators
+
+    training = module.training
+    module.eval()
+    try:
+        exported = torch.export.export(module, example_inputs, example_keywords, strict=False)
+        exported = exported.run_decompositions({})
+    except Exception as error:
+        raise TraceError(f"torch.export can't read {type(module).__name__}: {error}") from error
+    finally:
+        module.train(training)
+    reader = Reader(module, owners=_owners(module))
+    values = _read(reader, exported)
+    return _wiring(reader, exported, values)
+
+
+def _owners(module: nn.Module) -> dict[str, str]:
+    """The first name of every parameter: tied ones have several."""
+    first: dict[int, str] = {}
+    return {
+        name: first.setdefault(id(parameter), name)
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+    }
+
+
+def _read(reader: Reader, exported: torch.export.ExportedProgram) -> list[Value]:
+    """Walk the operators; the values that the network returns."""
+    values: dict[fx.Node, Any] = {}
+    signature = exported.graph_signature
+    returned: list[Value] = []
+    for node in exported.graph.nodes:
+        reader.node = node
+        if node.op == "placeholder":
+            values[node] = _placeholder(reader, exported, node)
+        elif node.op == "call_function":
+            values[node] = _call(reader, node, values)
+            for value in values[node] if isinstance(values[node], (tuple, list)) else [values[node]]:
+                if isinstance(value, Value) and value.source is None:
+                    value.source = node
+        elif node.op == "output":
+            wanted = set(signature.user_outputs)
+            returned = [values[out] for out in node.args[0] if isinstance(out, fx.Node) and out.name in wanted]
+        else:
+            raise reader.fail(f"no rule for {node.op} nodes")
+    return returned
+
+
+def _placeholder(reader: Reader, exported: torch.export.ExportedProgram, node: fx.Node) -> Value:
+    signature = exported.graph_signature
+    example = node.meta.get("val")
+    name = signature.inputs_to_parameters.get(node.name)
+    if name is not None:
+        name = reader.owners.get(name, name)
+        if name not in reader.axes:
+            reader.axes[name] = tuple(Space(n) if n != 1 else uniform(1) for n in example.shape)
+        slot = torch.empty(example.shape, device="meta")
+        return Value(tuple(example.shape), list(reader.axes[name]), slot=(name, slot))
+    buffer = signature.inputs_to_buffers.get(node.name)
+    lifted = signature.inputs_to_lifted_tensor_constants.get(node.name)
+    if buffer is not None or lifted is not None:
+        found = exported.constants if lifted is not None or buffer in signature.non_persistent_buffers else None
+        constant = found[lifted or buffer] if found is not None else exported.state_dict[buffer]
+        value = Value(tuple(constant.shape), constant_axes(constant), constant=constant, source=node)
+        value.name = buffer
+        return value
+    if not isinstance(example, Tensor):
+        return example
+    return Value(tuple(example.shape), [pinned_leaf(n) for n in example.shape], source=node)
+
+
+def _call(reader: Reader, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    arguments = fx.node.map_arg(node.args, values.__getitem__)
+    keywords = fx.node.map_arg(node.kwargs, values.__getitem__)
+    if node.target is operator.getitem:
+        return arguments[0][arguments[1]]
+    found: list[Value] = []
+    fx.node.map_aggregate((arguments, keywords), lambda x: found.append(x) if isinstance(x, Value) else None)
+    if all(value.kind == "constant" for value in found):
+        return _evaluate(node, arguments, keywords)
+    name = str(getattr(node.target, "overloadpacket", node.target))
+    if name not in RULES:
+        raise reader.fail(
+            f"no rule for the operator {name}; register one with @ngcore.graph.rule('{name}'), "
+            "as ngcore/graph/rules.py does"
+        )
+    try:
+        return RULES[name](reader, *arguments, **keywords)
+    except TraceError:
+        raise
+    except Exception as error:
+        raise reader.fail(f"the rule for {name} failed: {type(error).__name__}: {error}") from error
+
+
+def _evaluate(node: fx.Node, arguments: Any, keywords: Any) -> Any:
+    """Operators on constants alone are run."""
+
+    def numbers(x: Any) -> Any:
+        return x.constant if isinstance(x, Value) else x
+
+    def wrap(x: Any) -> Any:
+        return Value(tuple(x.shape), constant_axes(x), constant=x, source=node) if isinstance(x, Tensor) else x
+
+    result = node.target(
+        *fx.node.map_aggregate(arguments, numbers),
+        **{k: fx.node.map_aggregate(v, numbers) for k, v in keywords.items()},
+    )
+    return [wrap(x) for x in result] if isinstance(result, (tuple, list)) else wrap(result)
+
+
+def _check_places(shapes: dict[str, tuple[int, ...]], groups: Sequence[Group], reader: Reader) -> None:
+    """Every element of every parameter has exactly one place."""
+    found = dict.fromkeys(shapes, 0)
+    for block in reader.blocks:
+        if block.weight is not None and not block.tied:
+            found[block.weight] += math.prod(block.view.size)
+    for group in groups:
+        if group.bias is not None and not group.tied:
+            found[group.bias] += math.prod(group.view.size)
+    for name, shape in shapes.items():
+        if found[name] != math.prod(shape):
+            raise TraceError(f"parameter {name} of shape {shape} has {found[name]} places on the graph")
+
+
+def _wiring(reader: Reader, exported: torch.export.ExportedProgram, returned: list[Value]) -> Wiring:
+    """Close the books: outputs, layers, names."""
+    outputs: set[int] = set()
+    for value in returned:
+        pin(*value.axes)
+        if value.ids is not None:
+            outputs |= set(reader.groups_of(value.ids))
+    parents: list[set[int]] = [set() for _ in reader.groups]
+    for block in reader.blocks:
+        parents[block.target].add(block.source)
+    layers: list[int] = []
+    for g in range(len(reader.groups)):
+        layers.append(1 + max((layers[p] for p in parents[g] if p < g), default=-1))
+    groups = []
+    for g, group in enumerate(reader.groups):
+        role = "output" if g in outputs and group.role == "hidden" else group.role
+        bias, view = group.bias or (None, None)
+        groups.append(Group(group.size, role, layers[g], group.activation, bias, view, group.where, group.tied))
+    aliases = {name: owner for name, owner in reader.owners.items() if name != owner}
+    everything = exported.state_dict
+    used = {block.weight for block in reader.blocks} | {group.bias for group in groups}
+    shapes = {name: tuple(everything[name].shape) for name in reader.axes if name in used}
+    _check_places(shapes, groups, reader)
+    axes = {name: tuple(map(resolve, own)) for name, own in reader.axes.items()}
+    return Wiring(
+        tuple(groups),
+        tuple(reader.blocks),
+        parameters=tuple(shapes.items()),
+        aliases=tuple(aliases.items()),
+        others=tuple(name for name in everything if name not in used and name not in aliases),
+        symmetry=Symmetry(axes | {alias: axes[name] for alias, name in aliases.items()}, reader.tensors),
+    )
