@@ -309,10 +309,8 @@ def select(axes: Sequence[Space], dim: int, position: int) -> list[Space]:
 
 def _make_families(index: Space, axes: Sequence[Space]) -> None:
     """Turn the leaves that depend on `index` into families over it."""
-    found = [leaf for axis in axes for leaf in dict.fromkeys(leaves(axis)) if index in dependencies(leaf)]
-    if any(leaf.pinned for leaf in found):
-        found = [leaf for leaf in found if not leaf.pinned]
-    for leaf in found:
+    found = dict.fromkeys(leaf for axis in axes for leaf in leaves(axis))
+    for leaf in [leaf for leaf in found if not leaf.pinned and index in dependencies(leaf)]:
         members = [Space(leaf.size) for _ in range(index.size)]
         for i, member in enumerate(members):
             member.depends = [

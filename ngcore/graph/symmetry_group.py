@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -42,7 +42,9 @@ class Symmetry:
 
     def __post_init__(self) -> None:
         tensors = [*self.axes.values(), *self.tensors]
-        _close_families(tensors)
+        for axes in tensors:
+            for _ in _simple(axes):  # unifies what has to be before dependencies are read
+                pass
         depends = _allowed_dependencies(tensors)
         found = dict.fromkeys(leaf for axes in self.axes.values() for axis in axes for leaf in leaves(axis))
         object.__setattr__(self, "depends", depends)
@@ -103,6 +105,10 @@ class Symmetry:
             if space.kind == "sum":
                 pieces = [[*opened[:dim], part, *opened[dim + 1 :]] for part in parts(space, "sum")]
                 return self._piecewise(tensor, dim, pieces, orders).reshape(values.shape)
+            if space.kind == "family" and resolve(space.index) not in opened:
+                return self._permute(tensor, [*opened[:dim], space.parts[0], *opened[dim + 1 :]], orders).reshape(
+                    values.shape
+                )
             if space.kind == "family":
                 index = opened.index(resolve(space.index))
                 pieces = [[_member(other, index, i, opened) for other in opened] for i in range(len(space.parts))]
@@ -142,21 +148,25 @@ def _member(space: Space, index: int, i: int, opened: list[Space]) -> Space:
     return space
 
 
-def _families(space: Space) -> list[Space]:
-    space = resolve(space)
-    own = [space] if space.kind == "family" else []
-    return own + [family for part in space.parts for family in _families(part)]
-
-
-def _close_families(tensors: Iterable[tuple[Space, ...]]) -> None:
-    """Where a tensor lacks the axis over which a family differs, its members are one."""
-    for axes in tensors:
-        present = {leaf for axis in axes for leaf in leaves(axis)}
-        for axis in axes:
-            for family in _families(axis):
-                if resolve(family.index) not in present:
-                    for member in family.parts[1:]:
-                        unify(family.parts[0], member)
+def _simple(axes: Sequence[Space]) -> Iterator[list[Space]]:
+    """A tensor's axes, products opened, once for every choice of the parts of sums and the members of families."""
+    opened = [factor for axis in axes for factor in parts(axis, "product")]
+    for dim, space in enumerate(opened):
+        if space.kind == "sum":
+            for part in parts(space, "sum"):
+                yield from _simple([*opened[:dim], part, *opened[dim + 1 :]])
+            return
+        if space.kind == "family":
+            index = resolve(space.index)
+            if index not in opened:  # nothing tells its members apart here: they are one
+                for member in space.parts[1:]:
+                    unify(space.parts[0], member)
+                yield from _simple([*opened[:dim], space.parts[0], *opened[dim + 1 :]])
+                return
+            for i in range(len(space.parts)):
+                yield from _simple([_member(other, opened.index(index), i, opened) for other in opened])
+            return
+    yield opened
 
 
 def _allowed_dependencies(tensors: Iterable[tuple[Space, ...]]) -> dict[Space, list[Space]]:
@@ -164,11 +174,9 @@ def _allowed_dependencies(tensors: Iterable[tuple[Space, ...]]) -> dict[Space, l
     found: dict[Space, set[Space]] = {}
     order: dict[Space, int] = {}
     for axes in tensors:
-        present = dict.fromkeys(leaf for axis in axes for leaf in leaves(axis))
-        for leaf in present:
-            order.setdefault(leaf, len(order))
-            known = found.get(leaf)
-            if known is None:
-                known = dependencies(leaf)
-            found[leaf] = known & present.keys()
+        for opened in _simple(axes):
+            present = {space for space in opened if space.kind == "leaf"}
+            for leaf in present:
+                order.setdefault(leaf, len(order))
+                found[leaf] = (found[leaf] if leaf in found else dependencies(leaf)) & present
     return {leaf: sorted(known, key=order.__getitem__) for leaf, known in found.items()}
