@@ -15,13 +15,16 @@ import pytest
 from ngcore.bench import __main__ as command
 from ngcore.bench.harness import (
     REPETITIONS,
+    SECONDS,
     WARM_UPS,
     WORKER_ENVIRONMENT,
     Benchmark,
     BenchmarkError,
+    DoesNotFitError,
     Result,
     Workload,
     measure,
+    table_row,
     write_json,
 )
 
@@ -62,6 +65,21 @@ def dying() -> Workload:
     return Workload(lambda: os._exit(3), 1)
 
 
+def not_fitting() -> Workload:
+    raise DoesNotFitError(3e6)
+
+
+def filling(megabytes: int, times: int = 1) -> Workload:
+    """Holds as much itself, and takes it again in every repetition."""
+    held = b"x" * (megabytes << 20)
+
+    def run() -> None:
+        for _ in range(times):
+            assert len(b"x" + held) > len(held)
+
+    return Workload(run, 1)
+
+
 nap = partial(sleeping, 0.001, 1)
 
 
@@ -86,6 +104,44 @@ def test_repetitions_alternate_and_never_overlap(tmp_path):
     warm_ups, timed = lines[: 4 * WARM_UPS], lines[4 * WARM_UPS :]
     assert warm_ups.count("ours end") == warm_ups.count("reference end") == WARM_UPS
     assert timed == ["ours start", "ours end", "reference start", "reference end"] * REPETITIONS
+
+
+def test_rows_in_seconds_count_the_seconds_of_a_repetition():
+    row = Benchmark("fake", SECONDS, partial(sleeping, 0.005, 1), partial(sleeping, 0.02, 1), repetitions=2)
+    result = measure(row)
+    assert result.ours >= 0.005
+    assert result.reference >= 0.02
+    assert result.ratio == result.reference / result.ours
+
+
+def test_a_missing_reference_is_a_dash():
+    result = measure(Benchmark("fake", "naps/s", nap, None))
+    assert result.ours > 0
+    assert result.as_json()["reference"] is result.as_json()["ratio"] is None
+    assert table_row(result).split()[3:5] == ["-", "-"]
+    assert table_row(result).endswith("(-)")
+
+
+def test_a_reference_that_does_not_fit_says_what_it_needs():
+    result = measure(benchmark(reference=not_fitting))
+    assert result.ours > 0
+    assert result.reference is None
+    assert re.search(r"does not fit +- .*\(3,000,000\)$", table_row(result))
+    assert multiprocessing.active_children() == []
+
+
+def test_repetitions_and_warm_ups_are_the_rows_own(tmp_path):
+    log = tmp_path / "log"
+    measure(Benchmark("fake", "naps/s", partial(logging, log, "ours"), None, warm_ups=1, repetitions=3))
+    assert log.read_text().splitlines() == ["ours start", "ours end"] * 4
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells")
+def test_extra_memory_is_what_one_repetition_takes():
+    row = Benchmark("fake", "fills/s", partial(filling, 64, times=3), partial(filling, 256), memory="extra")
+    result = measure(row)
+    assert 60 < result.memory_mb < 80
+    assert 250 < result.reference_memory_mb < 280
 
 
 def test_workers_share_their_environment():
@@ -132,8 +188,9 @@ def test_command_prints_a_table_and_writes_json(monkeypatch, tmp_path, capsys):
 
 def test_run_as_a_script_workers_find_their_workloads(monkeypatch, capsys):
     name = "ngcore.bench.__main__"
-    factories = [f for rows in command.BENCHMARKS.values() for row in rows for f in (row.ours, row.reference)]
-    assert {getattr(factory, "func", factory).__module__ for factory in factories} == {name}
+    factories = [f for rows in command.BENCHMARKS.values() for row in rows for f in (row.ours, row.reference) if f]
+    modules = {getattr(factory, "func", factory).__module__ for factory in factories}
+    assert modules == {name, "ngcore.bench.graph"}
     monkeypatch.setitem(command.BENCHMARKS, "fake", [benchmark()])
     monkeypatch.setattr(sys, "argv", [name, "fake"])
     with pytest.raises(SystemExit, match="0"):

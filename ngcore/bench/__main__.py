@@ -1,5 +1,7 @@
 """`python -m ngcore.bench NAME [--json FILE]`: ours against a plain reference, in items per second.
 
+`graph` also says how many seconds it takes to trace a network; its workloads are in `ngcore.bench.graph`.
+
 Workloads import what they run only when they are built, in processes of their own: the one that starts them
 stays small, because a process's peak memory counts from its parent's.
 """
@@ -13,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from ngcore.bench.graph import GRAPH_NOTE, GRAPH_ROWS
 from ngcore.bench.harness import (
     Benchmark,
     BenchmarkError,
@@ -204,7 +207,9 @@ BENCHMARKS: dict[str, list[Benchmark]] = {
         graph_model_row("NG-GNN", "bfloat16", our_ng_gnn, plain_ng_gnn),
         graph_model_row("NG-T", "bfloat16", our_ng_t, plain_ng_t),
     ],
+    "graph": GRAPH_ROWS,
 }
+NOTES = {"graph": GRAPH_NOTE}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -217,6 +222,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--json {options.json}: make the directory {options.json.parent} first")
 
     results = []
+    if options.name in NOTES:
+        print(NOTES[options.name], end="\n\n")
     print(table_header(), flush=True)
     try:
         for benchmark in BENCHMARKS[options.name]:

@@ -1,6 +1,8 @@
 """Neural graphs: the wiring of a network, its weights laid in, and the symmetries of both."""
 
+from ngcore.graph import rules  # noqa: F401  # registers how operators are read
 from ngcore.graph.neural_graph import NeuralGraph
+from ngcore.graph.parameter_graph import to_parameter_graph
 from ngcore.graph.symmetry import permute, random_permutations
 from ngcore.graph.trace import TraceError, rule, trace
 from ngcore.graph.wiring import Block, Group, Wiring, mlp
@@ -15,5 +17,6 @@ __all__ = [
     "permute",
     "random_permutations",
     "rule",
+    "to_parameter_graph",
     "trace",
 ]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from torch_geometric.data import Data
+
+from ngcore.graph.data import Direction, Flatten, Linear, to_data
 
 if TYPE_CHECKING:
     from ngcore.graph.wiring import View, Wiring
@@ -73,28 +73,13 @@ class NeuralGraph:
             state[name] = values.new_empty(*batch, *shape)
         view(state[name], len(batch)).copy_(values.reshape(*batch, *view.size))
 
-    def to_data(self) -> Data:
-        """One network as torch_geometric `Data`.
-
-        Attributes: x (nodes, features), edge_index (2, edges) from source to target, edge_attr (edges, features),
-        `layer` (nodes,) the layer index, `role` (nodes,) 0 input, 1 hidden, 2 output.
-        """
-        if self.edges[0].dim() != 3:
-            raise ValueError("to_data takes one network: index the batch first, as in graph[0].to_data()")
-        groups = self.wiring.groups
-        device = self.edges[0].device
-        features = max(edges.shape[-1] for edges in self.edges)
-        index, attributes = [], []
-        for block, edges in zip(self.wiring.blocks, self.edges, strict=True):
-            index.append(self.wiring.edge_index(block).to(device))
-            attributes.append(pad(edges.flatten(0, 1), (0, features - edges.shape[-1])))
-        sizes = torch.tensor([group.size for group in groups], device=device)
-        layer = torch.tensor([group.layer for group in groups], device=device)
-        role = torch.tensor([("input", "hidden", "output").index(group.role) for group in groups], device=device)
-        return Data(
-            x=torch.cat(self.nodes),
-            edge_index=torch.cat(index, dim=1),
-            edge_attr=torch.cat(attributes),
-            layer=layer.repeat_interleave(sizes),
-            role=role.repeat_interleave(sizes),
-        )
+    def to_data(
+        self,
+        *,
+        window: Sequence[int] | None = None,
+        linear: Linear = "linear",
+        direction: Direction = "forward",
+        flatten: Flatten = "layer",
+    ) -> Data:
+        """One network as torch_geometric `Data`: see `ngcore.graph.data.to_data` for options and attributes."""
+        return to_data(self, window=window, linear=linear, direction=direction, flatten=flatten)

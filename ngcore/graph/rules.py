@@ -147,7 +147,7 @@ def narrowed(space: Space, start: int, stop: int, step: int = 1) -> Space:
     if (start, stop, step) == (0, size, 1):
         return space
     length = len(range(start, stop, step))
-    if resolve(space).kind == "uniform":
+    if resolve(space).kind == "uniform" or length == 0:
         return uniform(length)
     try:
         if step != 1:
@@ -728,8 +728,8 @@ def reduce(reader: Reader, value: Value, *arguments: Any, **keywords: Any) -> Va
     dims = [d % len(value.shape) for d in (dims or range(len(value.shape)))]
     example = reader.node.meta["val"]
     shape = (example[0] if isinstance(example, (tuple, list)) else example).shape
-    if "arg" in str(reader.node.target):
-        pin(*(value.axes[d] for d in dims))
+    if "arg" in str(reader.node.target) or isinstance(example, (tuple, list)):
+        pin(*(value.axes[d] for d in dims))  # places along the axis are among the results
     ids = read_input(reader, value).ids if value.ids is not None else None
     axes = list(value.axes)
     for d in dims:
@@ -779,7 +779,6 @@ def pool(reader: Reader, value: Value, *arguments: Any, **keywords: Any) -> Any:
     """Pooling and resizing keep channels and make new positions."""
     example = reader.node.meta["val"]
     shape = (example[0] if isinstance(example, (tuple, list)) else example).shape
-    channel = 1 if len(shape) == len(value.shape) and "1d" not in str(reader.node.target) else len(shape) - 2
     count = 1 if "1d" in str(reader.node.target) else 3 if "3d" in str(reader.node.target) else 2
     channel = len(shape) - 1 - count
     pin(*value.axes[channel + 1 :])

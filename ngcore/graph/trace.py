@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import operator
+import warnings
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from ngcore.graph.spaces import Space, pin, pinned_leaf, resolve, uniform
 from ngcore.graph.symmetry_group import Symmetry
-from ngcore.graph.wiring import Block, Group, Role, View, Wiring
+from ngcore.graph.wiring import Block, Group, Reference, Role, Step, View, Wiring
 
 NO_NEURON = -1
 
@@ -96,6 +98,8 @@ class Reader:
     placed: set[tuple[str, int]] = field(default_factory=set)
     vocabularies: dict[Any, Tensor] = field(default_factory=dict)
     node: fx.Node | None = None
+    read: dict[fx.Node, tuple[Any, range, str]] = field(default_factory=dict)
+    """What became of every operator: its value, the blocks that it made, and where it is."""
 
     @property
     def where(self) -> str:
@@ -263,20 +267,27 @@ def trace(module: nn.Module, *example_inputs: Any, **example_keywords: Any) -> W
     Raises:
         TraceError: the network can't be exported, or an operator has no rule; the message says which and where.
     """
-    from ngcore.graph import rules  # noqa: F401  # registers the operators
-
-    training = module.training
-    module.eval()
-    try:
-        exported = torch.export.export(module, example_inputs, example_keywords, strict=False)
-        exported = exported.run_decompositions({})
-    except Exception as error:
-        raise TraceError(f"torch.export can't read {type(module).__name__}: {error}") from error
-    finally:
-        module.train(training)
+    with _evaluation_mode(module), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # torch.export's own
+        try:
+            exported = torch.export.export(module, example_inputs, example_keywords, strict=False)
+            exported = exported.run_decompositions({})
+        except Exception as error:
+            raise TraceError(f"torch.export can't read {type(module).__name__}: {error}") from error
     reader = Reader(module, owners=_owners(module))
     values = _read(reader, exported)
     return _wiring(reader, exported, values)
+
+
+@contextmanager
+def _evaluation_mode(module: nn.Module) -> Iterator[None]:
+    modes = [(inner, inner.training) for inner in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for inner, training in modes:
+            inner.training = training
 
 
 def _owners(module: nn.Module) -> dict[str, str]:
@@ -295,6 +306,7 @@ def _read(reader: Reader, exported: torch.export.ExportedProgram) -> list[Value]
     returned: list[Value] = []
     for node in exported.graph.nodes:
         reader.node = node
+        blocks = len(reader.blocks)
         if node.op == "placeholder":
             values[node] = _placeholder(reader, exported, node)
         elif node.op == "call_function":
@@ -307,10 +319,11 @@ def _read(reader: Reader, exported: torch.export.ExportedProgram) -> list[Value]
             returned = [values[out] for out in node.args[0] if isinstance(out, fx.Node) and out.name in wanted]
         else:
             raise reader.fail(f"no rule for {node.op} nodes")
+        reader.read[node] = values.get(node), range(blocks, len(reader.blocks)), reader.where
     return returned
 
 
-def _placeholder(reader: Reader, exported: torch.export.ExportedProgram, node: fx.Node) -> Value:
+def _placeholder(reader: Reader, exported: torch.export.ExportedProgram, node: fx.Node) -> Any:
     signature = exported.graph_signature
     example = node.meta.get("val")
     name = signature.inputs_to_parameters.get(node.name)
@@ -372,6 +385,51 @@ def _evaluate(node: fx.Node, arguments: Any, keywords: Any) -> Any:
     return [wrap(x) for x in result] if isinstance(result, (tuple, list)) else wrap(result)
 
 
+def _steps(reader: Reader, exported: torch.export.ExportedProgram) -> tuple[Step, ...]:
+    """The operators as they were read, with the neurons behind their results."""
+    place = {node: Reference(i) for i, node in enumerate(reader.read)}
+    wanted = set(exported.graph_signature.user_outputs)
+    steps = []
+    for node, (value, blocks, where) in reader.read.items():
+        first = value[0] if isinstance(value, (list, tuple)) and value else value
+        known = first if isinstance(first, Value) else None
+        parameter = None if known is None or known.slot is None else known.slot[0]
+        ids = None if known is None else _ids(reader, known)
+        if node.op == "placeholder":
+            given, arguments = _given(exported, node, value)
+            steps.append(Step(given, arguments, ids=ids, parameter=parameter))
+        elif node.op == "output":
+            returned = [out for out in node.args[0] if isinstance(out, fx.Node) and out.name in wanted]
+            steps.append(Step("output", tuple(place[out] for out in returned)))
+        else:
+            name = "getitem" if node.target is operator.getitem else str(node.target)
+            arguments, keywords = fx.node.map_arg((node.args, dict(node.kwargs)), place.__getitem__)
+            steps.append(Step(name, tuple(arguments), keywords, ids, blocks, parameter, where))
+    return tuple(steps)
+
+
+def _given(exported: torch.export.ExportedProgram, node: fx.Node, value: Any) -> tuple[str, tuple[Any, ...]]:
+    """What a step stands for that is not computed: its kind, and its name, shape or number."""
+    if not isinstance(value, Value):
+        return "constant", (value,)
+    if value.slot is not None:
+        return "parameter", (value.slot[0],)
+    if value.constant is None:
+        return "input", (node.name, value.shape)
+    buffer = exported.graph_signature.inputs_to_buffers.get(node.name)
+    return ("buffer", (buffer,)) if buffer in exported.state_dict else ("constant", (value.constant,))
+
+
+def _ids(reader: Reader, value: Value) -> Tensor | None:
+    """The neurons of a value at the end of reading: an input's may have been made later."""
+    if value.constant is not None:
+        return torch.full([1] * len(value.shape), NO_NEURON)
+    if value.ids is not None or value.slot is not None:
+        return value.ids
+    made = [ids for key, ids in reader.vocabularies.items() if key[0] is value.source]
+    return made[0] if len(made) == 1 else None
+
+
 def _check_places(shapes: dict[str, tuple[int, ...]], groups: Sequence[Group], reader: Reader) -> None:
     """Every element of every parameter has exactly one place."""
     found = dict.fromkeys(shapes, 0)
@@ -417,4 +475,5 @@ def _wiring(reader: Reader, exported: torch.export.ExportedProgram, returned: li
         aliases=tuple(aliases.items()),
         others=tuple(name for name in everything if name not in used and name not in aliases),
         symmetry=Symmetry(axes | {alias: axes[name] for alias, name in aliases.items()}, reader.tensors),
+        steps=_steps(reader, exported),
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -93,6 +93,35 @@ class Block:
     tied: bool = False
 
 
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One operator of the network, in the order in which they run: what happens to values between the neurons.
+
+    Attributes:
+        operator: its name, or "input", "parameter", "buffer", "constant", "output".
+        arguments: its own, with a `Reference` for every result of an earlier step.
+        ids: the neuron behind every element of its result, broadcastable to it; None where it has none.
+        blocks: indices of the edges that it made; they hold the numbers that it computes with.
+        parameter: the parameter that the result is (a part of), which is on the edges and nodes.
+        where: path of the module to which it belongs.
+    """
+
+    operator: str
+    arguments: tuple[Any, ...] = ()
+    keywords: Mapping[str, Any] = field(default_factory=dict)
+    ids: Tensor | None = None
+    blocks: range = range(0)
+    parameter: str | None = None
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The result of a step."""
+
+    step: int
+
+
 @dataclass(frozen=True)
 class Wiring:
     """Groups of neurons and the blocks of edges between them. Hashable, so that it can key a cache.
@@ -102,6 +131,7 @@ class Wiring:
         aliases: further names under which parameters occur in the state dict, with the first one.
         others: entries of the state dict that are not on the graph: running statistics, what no operator reads.
         symmetry: the permutations that keep the network's function.
+        steps: the operators around neurons and edges, for a forward pass on the graph; empty for a wiring by hand.
     """
 
     groups: tuple[Group, ...]
@@ -110,6 +140,7 @@ class Wiring:
     aliases: tuple[tuple[str, str], ...] = ()
     others: tuple[str, ...] = ()
     symmetry: Symmetry = field(default_factory=lambda: Symmetry({}), compare=False, repr=False)
+    steps: tuple[Step, ...] = field(default=(), compare=False, repr=False)
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
