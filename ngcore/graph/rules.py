@@ -107,8 +107,11 @@ def transpose(reader: Reader, value: Value, *arguments: Any) -> Value:
     order = target(
         torch.empty(value.shape, device="meta").as_strided(value.shape, tuple(range(len(value.shape)))), *arguments
     )
-    axes = [value.axes[i] for i in order.stride()]
-    return moved(reader, value, axes, lambda x: target(x, *arguments))
+    order = list(order.stride())
+    result = moved(reader, value, [value.axes[i] for i in order], lambda x: target(x, *arguments))
+    if value.kind == "activation" and value.ids is None:
+        result.parent = value, order
+    return result
 
 
 @rule(

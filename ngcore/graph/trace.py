@@ -34,6 +34,7 @@ class Value:
         slot: the parameter, and which of its elements this tensor is: a view of a meta tensor of its shape.
         constant: the numbers, where they depend on no parameter and no input.
         source: the node of the exported graph that made it.
+        parent: of an input that has only been transposed: the input, and which of its axes each axis is.
     """
 
     shape: tuple[int, ...]
@@ -42,6 +43,7 @@ class Value:
     slot: tuple[str, Tensor] | None = None
     constant: Tensor | None = None
     source: fx.Node | None = None
+    parent: tuple[Value, list[int]] | None = None
 
     @property
     def kind(self) -> str:
@@ -222,6 +224,9 @@ class Reader:
         """Ids of an activation of which `axis` runs over neurons; an input's are made when it is first read."""
         if value.ids is not None:
             return value.ids
+        if value.parent is not None:
+            parent, order = value.parent
+            return self.neurons(parent, order[axis]).permute(order)
         key = (value.source, axis % len(value.shape))
         if key not in self.vocabularies:
             shape = [1] * len(value.shape)
