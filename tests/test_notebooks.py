@@ -6,7 +6,7 @@ import pytest
 from ngcore.study import notebooks
 
 ARTEFACTS = {
-    "00": ["figure_1", "figure_symmetry"],
+    "00": ["figure_1", "figure_5", "figure_6", "figure_symmetry", "figure_residual", "figure_transformer"],
     "01": ["table_3", "table_4", "figure_2a", "figure_2b", "figure_training_mnist", "figure_confusion_mnist"],
 }
 
