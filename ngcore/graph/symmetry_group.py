@@ -110,8 +110,8 @@ class Symmetry:
                     values.shape
                 )
             if space.kind == "family":
-                index = opened.index(resolve(space.index))
-                pieces = [[_member(other, index, i, opened) for other in opened] for i in range(len(space.parts))]
+                index = _nearest(resolve(space.index), dim, opened)
+                pieces = [[_member(k, index, i, opened) for k in range(len(opened))] for i in range(len(space.parts))]
                 return self._piecewise(tensor, index, pieces, orders).reshape(values.shape)
         moving = [dim for dim, space in enumerate(opened) if space in orders]
         for dim in sorted(moving, key=lambda dim: len(self.depends[opened[dim]])):
@@ -131,7 +131,7 @@ class Symmetry:
     def _index(self, order: Tensor, dim: int, opened: list[Space], tensor: Tensor) -> Tensor:
         """The order of one axis, which depends on the place along others, as an index for `gather`."""
         batch = tensor.dim() - len(opened)
-        places = [*(opened.index(leaf) for leaf in self.depends[opened[dim]]), dim]
+        places = [*(_nearest(leaf, dim, opened) for leaf in self.depends[opened[dim]]), dim]
         shape = [1] * tensor.dim()
         for place in places:
             shape[batch + place] = tensor.shape[batch + place]
@@ -139,12 +139,19 @@ class Symmetry:
         return order.permute(by_place).reshape(shape).expand(tensor.shape)
 
 
-def _member(space: Space, index: int, i: int, opened: list[Space]) -> Space:
+def _nearest(leaf: Space, dim: int, opened: list[Space]) -> int:
+    """The axis that runs over a leaf on which the axis `dim` depends: the last one before it, if there are several."""
+    places = [i for i, space in enumerate(opened) if space is leaf]
+    return max((i for i in places if i < dim), default=places[0])
+
+
+def _member(dim: int, index: int, i: int, opened: list[Space]) -> Space:
     """What an axis runs over where the axis `index` is fixed at `i`."""
-    if space is opened[index]:
+    space = opened[dim]
+    if dim == index:
         return Space(1, "uniform")
     if space.kind == "family" and resolve(space.index) is opened[index]:
-        return resolve(space.parts[i])
+        return resolve(space.parts[i]) if _nearest(opened[index], dim, opened) == index else space
     return space
 
 
@@ -163,8 +170,9 @@ def _simple(axes: Sequence[Space]) -> Iterator[list[Space]]:
                     unify(space.parts[0], member)
                 yield from _simple([*opened[:dim], space.parts[0], *opened[dim + 1 :]])
                 return
+            place = _nearest(index, dim, opened)
             for i in range(len(space.parts)):
-                yield from _simple([_member(other, opened.index(index), i, opened) for other in opened])
+                yield from _simple([_member(k, place, i, opened) for k in range(len(opened))])
             return
     yield opened
 
