@@ -12,8 +12,6 @@ from ngcore.graph import mlp, rules, trace
 from ngcore.graph.data import ACTIVATIONS, EDGE_KINDS, kernel_places
 from ngcore.graph.parameter_graph import EDGE_TYPES, NODE_TYPES, to_parameter_graph
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
-
 INPUT, HIDDEN, OUTPUT = 0, 1, 2
 KIND = {name: i for i, name in enumerate(EDGE_KINDS)}
 

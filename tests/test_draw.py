@@ -13,7 +13,6 @@ from ngcore.graph import mlp, trace
 from ngcore.graph.draw import PAPERS_KERNEL, draw, draw_channel_symmetry, draw_graph, draw_kernel_padding
 
 matplotlib.use("Agg")
-pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 
 
 class Residual(nn.Module):

@@ -15,7 +15,6 @@ from torch import nn
 from ngcore.graph import TraceError, rule, trace
 from ngcore.graph.trace import RULES
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 few = settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
 ACTIVATIONS = [nn.Tanh, nn.SiLU, nn.GELU, nn.Softplus, nn.Sigmoid]
 NORMS = {

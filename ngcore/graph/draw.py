@@ -87,7 +87,7 @@ def draw_graph(graph: NeuralGraph, title: str = "") -> Figure:
     labels = _labels(wiring)
     below, above = 0.3 + 0.15 * max(label.count("\n") + 1 for label in labels.values()), 0.75 if title else 0.45
     # Axes of a fixed size, in inches: `draw` fits its kernels to the room that it finds.
-    figure = plt.figure(figsize=(width + 1.0, height + below + above))
+    figure = plt.figure(figsize=(width + 1.0, height + below + above), layout="none")
     w, h = figure.get_size_inches()
     ax = figure.add_axes((0.0, below / h, width / w, height / h))
     scale = draw(graph, ax)

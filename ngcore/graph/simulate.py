@@ -313,7 +313,7 @@ def convolution(simulation: Simulation, step: Step) -> Tensor:
     kernel = simulation.wiring.blocks[step.blocks[-1]].kernel
     channel = simulation.resolved(argument).dim() - 1 - len(kernel)
     transposed = "transpose" in name_of(step) or (name_of(step) == "convolution" and rest[3])
-    place = 5 if name_of(step) == "convolution" else 4 if transposed else 3
+    place = 5 if name_of(step) == "convolution" else 3
     groups = rest[place] if len(rest) > place else 1
     sources = simulation.rows(step, argument, channel).reshape(-1).view(groups, 1, -1)
     targets = step.ids.movedim(channel, -1).reshape(-1)

@@ -431,6 +431,10 @@ def _ids(reader: Reader, value: Value) -> Tensor | None:
         return torch.full([1] * len(value.shape), NO_NEURON)
     if value.ids is not None or value.slot is not None:
         return value.ids
+    if value.parent is not None:
+        parent, order = value.parent
+        known = _ids(reader, parent)
+        return None if known is None else known.permute(order)
     made = [ids for key, ids in reader.vocabularies.items() if key[0] is value.source]
     return made[0] if len(made) == 1 else None
 
