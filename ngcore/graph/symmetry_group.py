@@ -31,8 +31,9 @@ class Factor:
 class Symmetry:
     """The group of all permutations of a wiring's free spaces; `axes` holds the spaces of every parameter.
 
-    Sound always: each of its elements keeps the network's function. It can be smaller than the largest such group
-    where parameters are shared in ways that the spaces can't express (papers and rules: `ngcore.graph.spaces`).
+    Sound always: each of its elements keeps the network's function. It is smaller than the largest such group
+    where an operator cuts through a structure that spaces can't express (what is not understood is pinned) and where
+    neurons that share a parameter could still permute together; signs, scales and rotations are not in it.
     """
 
     axes: Mapping[str, tuple[Space, ...]]

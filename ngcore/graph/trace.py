@@ -35,6 +35,7 @@ class Value:
         constant: the numbers, where they depend on no parameter and no input.
         source: the node of the exported graph that made it.
         parent: of an input that has only been transposed: the input, and which of its axes each axis is.
+        name: of a buffer, in the state dict.
     """
 
     shape: tuple[int, ...]
@@ -44,6 +45,7 @@ class Value:
     constant: Tensor | None = None
     source: fx.Node | None = None
     parent: tuple[Value, list[int]] | None = None
+    name: str = ""
 
     @property
     def kind(self) -> str:
@@ -343,9 +345,7 @@ def _placeholder(reader: Reader, exported: torch.export.ExportedProgram, node: f
     if buffer is not None or lifted is not None:
         found = exported.constants if lifted is not None or buffer in signature.non_persistent_buffers else None
         constant = found[lifted or buffer] if found is not None else exported.state_dict[buffer]
-        value = Value(tuple(constant.shape), constant_axes(constant), constant=constant, source=node)
-        value.name = buffer
-        return value
+        return Value(tuple(constant.shape), constant_axes(constant), constant=constant, source=node, name=buffer or "")
     if not isinstance(example, Tensor):
         return example
     return Value(tuple(example.shape), [pinned_leaf(n) for n in example.shape], source=node)

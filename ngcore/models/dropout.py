@@ -16,6 +16,6 @@ def dropout(x: Float[Tensor, "*shape"], probability: float, training: bool) -> F
     dropped = round(probability * LEVELS)
     if not training or dropped == 0:
         return x
-    words = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64, device=x.device).random_(-(1 << 63), None)
+    words = torch.randint(-(1 << 63), (1 << 63) - 1, (math.ceil(x.numel() / 4),), device=x.device)
     levels = words.view(torch.int16)[: x.numel()].view(x.shape)
     return x * (levels >= dropped - LEVELS // 2) * (LEVELS / (LEVELS - dropped))
