@@ -8,6 +8,7 @@ from ngcore.study.profiles import (
     load_profile,
     parameters_for,
 )
+from ngcore.study.runs import ROOT
 
 PARAMETERS = 'profile = "quick"\nepochs: int = 20\nseeds = [\n    0,\n    1,\n]\n'
 
@@ -52,6 +53,7 @@ def test_unknown_profile_lists_those_that_exist(profiles):
         ('"01": 3', '"01" must map parameters'),
         ('"01":', '"01" must map parameters'),
         ('"01": {epochs: [}', "not valid YAML"),
+        ('"01": {seeds: {0: 2}}', r"seeds: put keys in quotes .*\[0\]"),
     ],
 )
 def test_bad_files_are_named(profiles, text, message):
@@ -59,6 +61,14 @@ def test_bad_files_are_named(profiles, text, message):
     with pytest.raises(ProfileError, match=message) as error:
         load_profile("bad", profiles)
     assert "bad.yaml" in str(error.value)
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "notebooks" / "profiles").glob("*.yaml"))])
+def test_the_profiles_of_the_study_fit_its_notebooks(name):
+    notebooks = ROOT / "notebooks"
+    profile = load_profile(name, notebooks / "profiles")
+    for notebook in find_notebooks(notebooks).values():
+        assert parameters_for(notebook, profile)["profile"] == name
 
 
 def test_a_misspelt_parameter_is_an_error(profiles):

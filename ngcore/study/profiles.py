@@ -40,7 +40,7 @@ def load_profile(name: str, directory: Path) -> dict[str, dict[str, Any]]:
         notebook number -> parameters that replace those of the notebook's parameters cell.
 
     Raises:
-        ProfileError: no such profile; no such notebook; the file is no mapping of mappings.
+        ProfileError: no such profile; no such notebook; the file is no mapping of mappings; keys that are no strings.
     """
     path = directory / f"{name}.yaml"
     if not path.is_file():
@@ -59,6 +59,12 @@ def load_profile(name: str, directory: Path) -> dict[str, dict[str, Any]]:
             raise ProfileError(f"{path}: there is no notebook {number!r}; numbers, in quotes: {known}")
         if not isinstance(parameters, dict):
             raise ProfileError(f'{path}: "{number}" must map parameters to values, but holds {parameters!r}')
+        for parameter, value in parameters.items():
+            if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
+                raise ProfileError(
+                    f'{path}: "{number}", {parameter}: put keys in quotes (papermill makes strings of them), '
+                    f"but they are {list(value)}"
+                )
     return {number: {**content.get(number, {}), "profile": name} for number in notebooks}
 
 
