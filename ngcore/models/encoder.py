@@ -18,9 +18,11 @@ COMPILATION = {"dynamic": False, "options": {"fallback_random": True}}
 
 
 def fourier_features(
-    x: Float[Tensor, "*batch 1"], frequencies: Float[Tensor, " k"]
+    x: Float[Tensor, "*batch 1"], frequencies: Float[Tensor, " k"] | None
 ) -> Float[Tensor, "*batch features"]:
-    """Gaussian Fourier features [cos(2π x B), sin(2π x B)] (Tancik et al. 2020) of one scalar."""
+    """Gaussian Fourier features [cos(2π x B), sin(2π x B)] (Tancik et al. 2020) of one scalar; x itself without B."""
+    if frequencies is None:
+        return x
     phase = (2 * math.pi) * x * frequencies
     return torch.cat([phase.cos(), phase.sin()], dim=-1)
 
@@ -96,7 +98,7 @@ class Encoder(nn.Module):
 
     Args:
         edge_features: scalars per edge: 3 for [e, eᵀ, e + eᵀ], 1 for e alone.
-        sigma: standard deviation of the Fourier frequencies.
+        sigma: standard deviation of the Fourier frequencies; None for a Linear of the scalars themselves.
         probes: number of probe points, 0 for none.
         positions: give nodes their positional embeddings (paper, section 2.4).
     """
@@ -108,16 +110,17 @@ class Encoder(nn.Module):
         edge_width: int,
         *,
         edge_features: int,
-        sigma: float,
+        sigma: float | None,
         probes: int,
         positions: bool,
     ) -> None:
         super().__init__()
         self.standardize = Standardize(wiring)
-        self.register_buffer("node_frequencies", torch.randn(1, FREQUENCIES) * sigma)
-        self.register_buffer("edge_frequencies", torch.randn(edge_features, FREQUENCIES) * sigma)
-        self.node_fourier = nn.Linear(2 * FREQUENCIES, node_width)
-        self.edge_fourier = nn.Linear(2 * FREQUENCIES, edge_width)
+        for kind, scalars in (("node", 1), ("edge", edge_features)):
+            frequencies = None if sigma is None else torch.randn(scalars, FREQUENCIES) * sigma
+            self.register_buffer(f"{kind}_frequencies", frequencies)
+        self.node_fourier = nn.Linear(1 if sigma is None else 2 * FREQUENCIES, node_width)
+        self.edge_fourier = nn.Linear(edge_features if sigma is None else 2 * FREQUENCIES, edge_width)
         self.node_linear = nn.Linear(node_width, node_width)
         self.edge_linear = nn.Linear(edge_width, edge_width)
         self.probe = ProbeFeatures(wiring, probes, node_width) if probes else None
@@ -128,7 +131,8 @@ class Encoder(nn.Module):
     def nodes(self, graph: NeuralGraph) -> Float[Tensor, "batch nodes width"]:
         """First states of all nodes; the input neurons, which have no bias, hold the feature 0 (equation 1)."""
         biases = torch.cat(self.standardize(graph).nodes, dim=1)
-        states = self.node_fourier(fourier_features(biases, self.node_frequencies[0]))
+        frequencies = None if self.node_frequencies is None else self.node_frequencies[0]
+        states = self.node_fourier(fourier_features(biases, frequencies))
         if self.probe is not None:
             states = states + self.probe(graph)
         states = self.node_linear(states)

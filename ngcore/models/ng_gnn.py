@@ -54,11 +54,11 @@ def needed_directions(
 
 
 class NGGNNLayer(nn.Module):
-    """One round of messages along `directions`, and the update of the edges on which the next layer reads.
+    """One round of messages along `directions`, and the update of the edges that are read after it.
 
     Args:
         directions: the blocks whose messages are computed.
-        updated: those whose edges the next layer reads (empty in the last layer).
+        updated: those whose edges the next layer or the head reads (empty where the head reads nodes alone).
         scalers: PNA's amplification log(degree + 1) / δ of every group.
         degrees: number of incoming edges of a node of every group.
     """
@@ -151,47 +151,50 @@ def combine(known: tuple[Tensor, ...], found: tuple[Tensor, ...]) -> tuple[Tenso
 
 def first_edges(
     weights: Float[Tensor, "batch targets sources 1"],
-    frequencies: Float[Tensor, "3 k"],
+    frequencies: Float[Tensor, "3 k"] | None,
     affine: tuple[Tensor, Tensor],
     reverse: bool,
 ) -> Float[Tensor, "batch _ _ 64"]:
     """First states of a block's edges, whose features [e, eᵀ, e + eᵀ] are [w, 0, w], or reversed [0, w, w]."""
-    frequency = frequencies[int(reverse)] + frequencies[2]
     values = weights.transpose(1, 2) if reverse else weights
-    return F.linear(fourier_features(values, frequency), *affine)
+    weight, bias = affine
+    if frequencies is None:  # a Linear of the three features is one of w
+        return F.linear(values, weight[:, int(reverse), None] + weight[:, 2:], bias)
+    return F.linear(fourier_features(values, frequencies[int(reverse)] + frequencies[2]), weight, bias)
 
 
-class NGGNN(nn.Module):
-    """NG-GNN for a property of the whole input network: class scores of an INR's image.
+class NGGNNStack(nn.Module):
+    """Encoder and layers of NG-GNN: reversed edges, edge features [e, eᵀ, e + eᵀ], 4 layers of width 64.
 
-    Reversed edges, with edge features [e, eᵀ, e + eᵀ]; 4 layers of width 64. For 10 classes and a 2-32-32-1 network
-    it has 331,466 parameters, with 64 probe features 348,746 (paper, appendix D.1). Layer norm is per node, and node
-    updates are residual: the paper does not say, but a plain stack hides the input behind its own constants at first
-    (after 64 steps of 32 MNIST INRs, 64 probe features, it is at chance, the residual one above 50 %).
+    Layer norm is per node, and node updates are residual: the paper does not say, but a plain stack hides the input
+    behind its own constants at first (after 64 steps of 32 MNIST INRs, 64 probe features, it is at chance, the
+    residual one above 50 %).
 
     Args:
         wiring: of the input networks.
+        read: the groups whose states are read after the last layer.
+        read_edges: the directions whose edges are read after it.
         probes: number of probe points (paper, section 2.4), 0 for none.
         positions: positional embeddings on nodes.
-        sigma: scale of the Gaussian Fourier frequencies of weights and biases.
+        sigma: scale of the Gaussian Fourier frequencies of weights and biases; None for a Linear in their place.
     """
 
     def __init__(
         self,
         wiring: Wiring,
-        num_classes: int,
+        read: tuple[int, ...],
+        read_edges: tuple[Direction, ...],
         *,
-        probes: int = 0,
-        positions: bool = True,
-        dropout: float = 0.2,
-        sigma: float = 3.0,
+        probes: int,
+        positions: bool,
+        dropout: float,
+        sigma: float | None,
     ) -> None:
         super().__init__()
         self.wiring = wiring
         self.encoder = Encoder(wiring, WIDTH, WIDTH, edge_features=3, sigma=sigma, probes=probes, positions=positions)
         directions = both_directions(wiring)
-        self.read = wiring.with_role("output")
-        needed = [*needed_directions(directions, self.read, LAYERS), ()]
+        needed = [*needed_directions(directions, read, LAYERS), read_edges]
         degrees = tuple(
             sum(wiring.groups[d.source].size for d in directions if d.target == g) for g in range(len(wiring.groups))
         )
@@ -202,14 +205,6 @@ class NGGNN(nn.Module):
             NGGNNLayer(wiring, needed[k], needed[k + 1], scalers, degrees, dropout) for k in range(LAYERS)
         )
         self.first_edges = first_edges
-        outputs = sum(wiring.groups[g].size for g in self.read)
-        self.head = nn.Sequential(
-            nn.Linear(outputs * WIDTH, WIDTH),
-            nn.ReLU(),
-            nn.Linear(WIDTH, WIDTH),
-            nn.ReLU(),
-            nn.Linear(WIDTH, num_classes),
-        )
 
     def fit_normalization(self, graph: NeuralGraph) -> None:
         """Take the training set's statistics, by which every input is standardized."""
@@ -221,7 +216,9 @@ class NGGNN(nn.Module):
         for layer in self.layers:
             layer.compile(**COMPILATION)
 
-    def forward(self, graph: NeuralGraph) -> Float[Tensor, "batch classes"]:
+    def states(self, graph: NeuralGraph) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Last states of all groups (of those that are read they are complete), and of the edges that are read,
+        before the last layer's `edge_output`."""
         nodes = self.encoder.nodes(graph).split([group.size for group in self.wiring.groups], dim=1)
         weights, affine = self.encoder.standardize(graph).edges, self.encoder.edge_affine()
         edges = tuple(
@@ -232,4 +229,77 @@ class NGGNN(nn.Module):
         for layer in self.layers:
             nodes, edges = layer(nodes, edges, layer.edge_affine(before))
             before = layer.edge_output if layer.updated else None
+        return nodes, edges
+
+
+class NGGNN(NGGNNStack):
+    """NG-GNN for a property of the whole input network: class scores of an INR's image.
+
+    For 10 classes and a 2-32-32-1 network it has 331,466 parameters, with 64 probe features 348,746 (paper, appendix
+    D.1).
+
+    Args: as of `NGGNNStack`.
+    """
+
+    def __init__(
+        self,
+        wiring: Wiring,
+        num_classes: int,
+        *,
+        probes: int = 0,
+        positions: bool = True,
+        dropout: float = 0.2,
+        sigma: float | None = 3.0,
+    ) -> None:
+        self.read = wiring.with_role("output")
+        super().__init__(wiring, self.read, (), probes=probes, positions=positions, dropout=dropout, sigma=sigma)
+        outputs = sum(wiring.groups[g].size for g in self.read)
+        self.head = nn.Sequential(
+            nn.Linear(outputs * WIDTH, WIDTH),
+            nn.ReLU(),
+            nn.Linear(WIDTH, WIDTH),
+            nn.ReLU(),
+            nn.Linear(WIDTH, num_classes),
+        )
+
+    def forward(self, graph: NeuralGraph) -> Float[Tensor, "batch classes"]:
+        nodes, _ = self.states(graph)
         return self.head(torch.cat([nodes[g] for g in self.read], dim=1).flatten(1))
+
+
+class EquivariantNGGNN(NGGNNStack):
+    """NG-GNN with numbers for every parameter: the stack without its aggregation over nodes (paper, appendix D.1).
+
+    The last layer updates edges as the others do. A Linear of their states, of both kinds, is the head. Weights and
+    biases enter through Linears by default, without Fourier features, as in the public editing model.
+
+    Args:
+        outputs: numbers per parameter.
+        others: as of `NGGNNStack`.
+    """
+
+    def __init__(
+        self,
+        wiring: Wiring,
+        outputs: int = 1,
+        *,
+        probes: int = 0,
+        positions: bool = True,
+        dropout: float = 0.2,
+        sigma: float | None = None,
+    ) -> None:
+        every = tuple(range(len(wiring.groups)))
+        forward = tuple(direction for direction in both_directions(wiring) if not direction.reverse)
+        super().__init__(wiring, every, forward, probes=probes, positions=positions, dropout=dropout, sigma=sigma)
+        self.node_head = nn.Linear(WIDTH, outputs)
+        self.edge_head = nn.Linear(WIDTH, outputs)
+
+    def forward(self, graph: NeuralGraph) -> NeuralGraph:
+        """The same wiring with `outputs` features on nodes and edges."""
+        nodes, edges = self.states(graph)
+        before = self.layers[-1].edge_output  # two Linears as one
+        weight = self.edge_head.weight @ before.weight
+        bias = self.edge_head.weight @ before.bias + self.edge_head.bias
+        return NeuralGraph(
+            self.wiring, tuple(map(self.node_head, nodes)), tuple(F.linear(edge, weight, bias) for edge in edges)
+        )

@@ -11,6 +11,8 @@ relational transformer (Diao & Loynd 2023), rearranged so that as little as poss
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -66,15 +68,19 @@ class RelationalAttention(nn.Module):
         return F.linear(gathered.flatten(2), weight, bias)
 
 
+Pairs = tuple[slice, slice]  # rows (targets) and columns (sources) of the pairs of nodes
+EVERY = slice(None)
+
+
 class NGTLayer(nn.Module):
     """Relational attention and feed-forward on nodes, then the update of the edges from their new states.
 
     Args:
         attended: rows (targets) of the pairs that enter: the others are not computed.
-        updated: rows of the pairs that leave, None in the last layer.
+        updated: the sets of pairs that leave, none where the head reads nodes alone.
     """
 
-    def __init__(self, attended: slice, updated: slice | None, dropout: float) -> None:
+    def __init__(self, attended: slice, updated: tuple[Pairs, ...], dropout: float) -> None:
         super().__init__()
         self.attended, self.updated, self.dropout = attended, updated, dropout
         self.attention = RelationalAttention()
@@ -82,7 +88,7 @@ class NGTLayer(nn.Module):
         self.node_feed1 = nn.Linear(NODE_WIDTH, 2 * NODE_WIDTH, bias=False)
         self.node_feed2 = nn.Linear(2 * NODE_WIDTH, NODE_WIDTH)
         self.node_norm2 = nn.LayerNorm(NODE_WIDTH)
-        if updated is not None:
+        if updated:
             self.edge_pair = nn.Linear(2 * EDGE_WIDTH, 2 * EDGE_WIDTH)
             self.edge_source = nn.Linear(NODE_WIDTH, 2 * EDGE_WIDTH)
             self.edge_target = nn.Linear(NODE_WIDTH, 2 * EDGE_WIDTH)
@@ -97,58 +103,62 @@ class NGTLayer(nn.Module):
 
     def forward(
         self, nodes: Float[Tensor, "batch n 64"], edges: Float[Tensor, "batch rows n 32"]
-    ) -> tuple[Float[Tensor, "batch rows 64"], Tensor]:
-        """States of the attended nodes and of the updated pairs (as they came in the last layer)."""
+    ) -> tuple[Float[Tensor, "batch rows 64"], tuple[Tensor, ...]]:
+        """States of the attended nodes and of every set of updated pairs."""
         gathered = self.drop(self.attention(nodes, edges, self.attended))
         nodes = self.node_norm1(nodes[:, self.attended] + gathered)
         nodes = self.node_norm2(nodes + self.drop(self.node_feed2(F.gelu(self.node_feed1(nodes)))))
-        return nodes, edges if self.updated is None else self.update_edges(nodes, edges, self.updated)
+        return nodes, tuple(self.update_edges(nodes, edges, *pairs) for pairs in self.updated)
 
-    def update_edges(self, nodes: Tensor, edges: Tensor, rows: slice) -> Float[Tensor, "batch rows n 32"]:
-        """New states of the pairs (i, j) with i in `rows`, from e_ij, e_ji, v_i and v_j."""
-        own, mirrored = edges[:, rows], edges[:, :, rows].transpose(1, 2)
+    def update_edges(
+        self, nodes: Tensor, edges: Tensor, rows: slice, columns: slice
+    ) -> Float[Tensor, "batch rows columns 32"]:
+        """New states of pairs (i, j) from e_ij, e_ji, v_i and v_j."""
+        own, mirrored = edges[:, rows, columns], edges[:, columns, rows].transpose(1, 2)
         pair = self.edge_pair(torch.cat([own, mirrored], dim=-1))
-        hidden = F.gelu(pair + self.edge_target(nodes[:, rows]).unsqueeze(2) + self.edge_source(nodes).unsqueeze(1))
+        target, source = self.edge_target(nodes[:, rows]), self.edge_source(nodes[:, columns])
+        hidden = F.gelu(pair + target.unsqueeze(2) + source.unsqueeze(1))
         edges = self.edge_norm1(own + self.drop(self.edge_output(hidden)))
         return self.edge_norm2(edges + self.drop(self.edge_feed2(F.gelu(self.edge_feed1(edges)))))
 
 
-class NGT(nn.Module):
-    """NG-T for a property of the whole input network: class scores of an INR's image.
+def block_pairs(wiring: Wiring) -> tuple[Pairs, ...]:
+    """The pairs that every block of a wiring connects."""
+    nodes = [slice(*ends) for ends in pairwise(wiring.offsets)]
+    return tuple((nodes[block.target], nodes[block.source]) for block in wiring.blocks)
 
-    4 layers, node width 64, edge width 32, 4 heads over an attention width of 128; norms follow the residual sums.
-    Pairs that are no edge of the network have a state of their own: a weight that is 0 stays an edge. For 10 classes
-    and a 2-32-32-1 network it has 376,586 parameters (the paper states 378,090).
 
-    Args: as of `NGGNN`; the head reads one row per output neuron.
+class NGTStack(nn.Module):
+    """Encoder and layers of NG-T: node width 64, edge width 32, 4 heads over an attention width of 128, 4 layers.
+
+    Norms follow the residual sums. Pairs that are no edge of the network have a state of their own: a weight that is
+    0 stays an edge.
+
+    Args:
+        read: rows (nodes) whose states are read after the last layer.
+        read_edges: sets of pairs whose states are read after it.
+        others: as of `NGGNNStack`.
     """
 
     def __init__(
         self,
         wiring: Wiring,
-        num_classes: int,
+        read: slice,
+        read_edges: tuple[Pairs, ...],
         *,
-        probes: int = 0,
-        positions: bool = True,
-        dropout: float = 0.2,
-        sigma: float = 1.0,
+        probes: int,
+        positions: bool,
+        dropout: float,
+        sigma: float | None,
     ) -> None:
         super().__init__()
         self.wiring = wiring
         self.encoder = Encoder(
             wiring, NODE_WIDTH, EDGE_WIDTH, edge_features=1, sigma=sigma, probes=probes, positions=positions
         )
-        (output,) = wiring.with_role("output")
-        read, every = slice(wiring.offsets[output], wiring.offsets[output + 1]), slice(None)
-        rows = [every] * (LAYERS - 1) + [read]
-        self.layers = nn.ModuleList(
-            NGTLayer(rows[k], rows[k + 1] if k + 1 < LAYERS else None, dropout) for k in range(LAYERS)
-        )
-        self.head = nn.Sequential(
-            nn.Linear(wiring.groups[output].size * NODE_WIDTH, 2 * NODE_WIDTH),
-            nn.ReLU(),
-            nn.Linear(2 * NODE_WIDTH, num_classes),
-        )
+        rows = [EVERY] * (LAYERS - 1) + [read]
+        updated = [*(((row, EVERY),) for row in rows[1:]), read_edges]
+        self.layers = nn.ModuleList(NGTLayer(rows[k], updated[k], dropout) for k in range(LAYERS))
 
     def fit_normalization(self, graph: NeuralGraph) -> None:
         """Take the training set's statistics, by which every input is standardized."""
@@ -162,17 +172,83 @@ class NGT(nn.Module):
     def first_edges(self, graph: NeuralGraph) -> Float[Tensor, "batch n n 32"]:
         """First states of all pairs; where the wiring has no edge the Fourier features are masked out."""
         weight, bias = self.encoder.edge_affine()
-        offsets, size = self.wiring.offsets, self.wiring.num_nodes
+        frequencies = self.encoder.edge_frequencies
+        size = self.wiring.num_nodes
         states = bias.expand(graph.num_networks, size, size, EDGE_WIDTH).clone()
-        for block, values in zip(self.wiring.blocks, self.encoder.standardize(graph).edges, strict=True):
-            targets = slice(offsets[block.target], offsets[block.target + 1])
-            sources = slice(offsets[block.source], offsets[block.source + 1])
-            features = fourier_features(values, self.encoder.edge_frequencies[0])
-            states[:, targets, sources] = F.linear(features, weight, bias)
+        for (rows, columns), values in zip(
+            block_pairs(self.wiring), self.encoder.standardize(graph).edges, strict=True
+        ):
+            features = fourier_features(values, None if frequencies is None else frequencies[0])
+            states[:, rows, columns] = F.linear(features, weight, bias)
         return states
 
-    def forward(self, graph: NeuralGraph) -> Float[Tensor, "batch classes"]:
-        nodes, edges = self.encoder.nodes(graph), self.first_edges(graph)
+    def states(self, graph: NeuralGraph) -> tuple[Float[Tensor, "batch rows 64"], tuple[Tensor, ...]]:
+        """Last states of the nodes and of the sets of pairs that are read."""
+        nodes, edges = self.encoder.nodes(graph), (self.first_edges(graph),)
         for layer in self.layers:
-            nodes, edges = layer(nodes, edges)
+            nodes, edges = layer(nodes, *edges)
+        return nodes, edges
+
+
+class NGT(NGTStack):
+    """NG-T for a property of the whole input network: class scores of an INR's image.
+
+    For 10 classes and a 2-32-32-1 network it has 376,586 parameters (the paper states 378,090).
+
+    Args: as of `NGTStack`; the head reads one row per output neuron.
+    """
+
+    def __init__(
+        self,
+        wiring: Wiring,
+        num_classes: int,
+        *,
+        probes: int = 0,
+        positions: bool = True,
+        dropout: float = 0.2,
+        sigma: float | None = 1.0,
+    ) -> None:
+        (output,) = wiring.with_role("output")
+        read = slice(wiring.offsets[output], wiring.offsets[output + 1])
+        super().__init__(wiring, read, (), probes=probes, positions=positions, dropout=dropout, sigma=sigma)
+        self.head = nn.Sequential(
+            nn.Linear(wiring.groups[output].size * NODE_WIDTH, 2 * NODE_WIDTH),
+            nn.ReLU(),
+            nn.Linear(2 * NODE_WIDTH, num_classes),
+        )
+
+    def forward(self, graph: NeuralGraph) -> Float[Tensor, "batch classes"]:
+        nodes, _ = self.states(graph)
         return self.head(nodes.flatten(1))
+
+
+class EquivariantNGT(NGTStack):
+    """NG-T with numbers for every parameter: the stack without its aggregation over nodes (paper, appendix D.1).
+
+    The last layer updates the pairs that are edges of the network. A Linear of the states, of both kinds, is the head.
+
+    Args:
+        outputs: numbers per parameter.
+        others: as of `NGTStack`.
+    """
+
+    def __init__(
+        self,
+        wiring: Wiring,
+        outputs: int = 1,
+        *,
+        probes: int = 0,
+        positions: bool = True,
+        dropout: float = 0.3,
+        sigma: float | None = 3.0,
+    ) -> None:
+        pairs = block_pairs(wiring)
+        super().__init__(wiring, EVERY, pairs, probes=probes, positions=positions, dropout=dropout, sigma=sigma)
+        self.node_head = nn.Linear(NODE_WIDTH, outputs)
+        self.edge_head = nn.Linear(EDGE_WIDTH, outputs)
+
+    def forward(self, graph: NeuralGraph) -> NeuralGraph:
+        """The same wiring with `outputs` features on nodes and edges."""
+        nodes, edges = self.states(graph)
+        sizes = [group.size for group in self.wiring.groups]
+        return NeuralGraph(self.wiring, self.node_head(nodes).split(sizes, dim=1), tuple(map(self.edge_head, edges)))
