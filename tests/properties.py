@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from ngcore.graph import NeuralGraph
+
 
 def randomized(module, seed=0, spread=0.3):
     """A module in float64, in evaluation mode, of which no two numbers agree; running statistics too."""
@@ -36,6 +38,27 @@ def outputs(module: nn.Module, state, inputs, keywords=None):
 def difference(expected, found):
     """Largest difference, relative to the largest number."""
     return float((found - expected).abs().max() / expected.abs().max())
+
+
+def random_permutations(wiring, generator=None):
+    """An order of every hidden group, by group index."""
+    return {g: torch.randperm(wiring.groups[g].size, generator=generator) for g in wiring.with_role("hidden")}
+
+
+def permute(graph, orders):
+    """A graph whose groups are in these orders, of inputs and outputs too, with any features.
+
+    Only for blocks that connect whole groups; what keeps a network's function is `wiring.symmetry`.
+    """
+    nodes, edges = list(graph.nodes), list(graph.edges)
+    for g, order in orders.items():
+        nodes[g] = nodes[g].index_select(-2, order)
+        for b, block in enumerate(graph.wiring.blocks):
+            if block.target == g:
+                edges[b] = edges[b].index_select(-3, order)
+            if block.source == g:
+                edges[b] = edges[b].index_select(-2, order)
+    return NeuralGraph(graph.wiring, tuple(nodes), tuple(edges))
 
 
 def times_placed(wiring):

@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from properties import permute, random_permutations
 
-from ngcore.graph import NeuralGraph, Wiring, mlp, permute, random_permutations
+from ngcore.graph import NeuralGraph, Wiring, mlp
 from ngcore.models.baselines import MLP, DWSNet, SetNN
 
 INR = mlp([2, 32, 32, 1], "sine")

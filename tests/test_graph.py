@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ngcore.graph import mlp, permute, random_permutations
+from ngcore.graph import mlp
 from ngcore.graph.draw import draw
 from ngcore.graph.simulate import activations
 
@@ -91,11 +91,13 @@ def test_activations_agree_with_a_loop_over_neurons(activation, random_graph):
 def test_permutations_keep_the_function(sizes):
     wiring = mlp(sizes, "tanh")
     graph = wiring.graph(random_state(wiring, 2))
-    permutations = random_permutations(wiring)
-    permuted = permute(graph, permutations)
+    element = wiring.symmetry.random()
+    twins = wiring.graph(wiring.symmetry.permute(graph.state_dict(), element))
+    hidden = [g for g in wiring.with_role("hidden") if sizes[g] > 1]
+    orders = dict(zip(hidden, element.values(), strict=True))
     points = torch.randn(3, sizes[0], dtype=torch.float64)
-    for g, (before, after) in enumerate(zip(activations(graph, points), activations(permuted, points), strict=True)):
-        order = permutations.get(g, torch.arange(sizes[g]))
+    for g, (before, after) in enumerate(zip(activations(graph, points), activations(twins, points), strict=True)):
+        order = orders.get(g, torch.arange(sizes[g]))
         torch.testing.assert_close(after, before[:, order], rtol=0, atol=1e-12)
 
 
@@ -135,5 +137,5 @@ def test_other_errors(random_graph):
         graph.to_data()
     with pytest.raises(ValueError, match="one network"):
         draw(graph, plt.figure().add_subplot())
-    with pytest.raises(ValueError, match="permutation of 3 neurons"):
-        permute(graph, {1: torch.tensor([0, 0, 1])})
+    with pytest.raises(ValueError, match=r"activation 'gelu' has no function .* these have: .*sine"):
+        activations(mlp([2, 3, 1], "gelu").graph(graph.state_dict()), torch.randn(4, 2, dtype=torch.float64))

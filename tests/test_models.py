@@ -4,10 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from properties import permute, random_permutations
 
 from ngcore.bench.plain_ng_gnn import PlainNGGNN, to_batch
 from ngcore.bench.plain_ng_t import PlainNGT
-from ngcore.graph import NeuralGraph, mlp, permute, random_permutations
+from ngcore.graph import NeuralGraph, mlp
 from ngcore.graph.simulate import activations
 from ngcore.models import NGGNN, NGT
 from ngcore.models.encoder import ProbeFeatures, Standardize

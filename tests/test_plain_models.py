@@ -4,13 +4,14 @@ import math
 
 import pytest
 import torch
+from properties import permute, random_permutations
 from torch import Tensor
 
 from ngcore.bench import plain_ng_gnn, plain_ng_t
 from ngcore.bench.plain_inr import Siren, fit_one, pixel_coordinates
 from ngcore.bench.plain_ng_gnn import PlainNGGNN, mean_log_degree, to_batch, to_data_list
 from ngcore.bench.plain_ng_t import PlainNGT
-from ngcore.graph import NeuralGraph, Wiring, mlp, permute, random_permutations
+from ngcore.graph import NeuralGraph, Wiring, mlp
 
 MODELS = [PlainNGGNN, PlainNGT]
 INR = mlp([2, 32, 32, 1], "sine")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from properties import randomized
 from torch import nn
 
 from ngcore.graph import mlp, trace
@@ -22,24 +23,11 @@ NO_SHRINKING = (Phase.explicit, Phase.generate)  # reading a network takes secon
 seeds = st.integers(0, 2**31)
 
 
-def randomized(module):
-    """The module in float64 and evaluation mode, with every parameter and running statistic drawn anew."""
-    module = module.double().eval()
-    with torch.no_grad():
-        for tensor in module.parameters():
-            tensor.copy_(0.4 * torch.randn_like(tensor))
-        for name, tensor in module.named_buffers():
-            if name.endswith("running_mean"):
-                tensor.normal_()
-            elif name.endswith("running_var"):
-                tensor.uniform_(0.5, 2.0)
-    return module
-
-
 def agree(module, *inputs):
     """The graph is read from one set of weights and run with another."""
-    wiring = trace(randomized(module), *inputs)
-    randomized(module)
+    first, second = torch.randint(2**31, (2,)).tolist()
+    wiring = trace(randomized(module, first), *inputs)
+    randomized(module, second)
     fresh = tuple(torch.randn_like(x) for x in inputs)
     with torch.no_grad():
         expected, found = module(*fresh), simulate(wiring.graph(module.state_dict()), *fresh)
@@ -186,6 +174,18 @@ class Attention(nn.Module):
         return self.norm(x + self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2)))
 
 
+class FixedMatrix(nn.Module):
+    """A product with numbers that are no parameters, among neurons."""
+
+    def __init__(self):
+        super().__init__()
+        self.start, self.end = nn.Linear(3, 4), nn.Linear(2, 2)
+        self.register_buffer("fixed", torch.randn(4, 2, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.end(torch.relu(self.start(x)) @ self.fixed)
+
+
 @pytest.mark.parametrize(
     ("module", "shape"),
     [
@@ -201,6 +201,7 @@ class Attention(nn.Module):
         ),
         (nn.Sequential(nn.Conv3d(2, 3, 3), nn.AvgPool3d(2), nn.GELU()), (2, 2, 7, 7, 7)),
         (nn.Sequential(nn.ConvTranspose2d(3, 4, 3, 2), nn.InstanceNorm2d(4, affine=True)), (2, 3, 5, 5)),
+        (FixedMatrix(), (5, 3)),
     ],
 )
 def test_single_networks(module, shape):

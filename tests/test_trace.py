@@ -205,9 +205,8 @@ def test_no_parameter_may_be_permuted_alone(module):
     assume(wiring.symmetry.order > 1)
     changes = changes_alone(module, wiring, inputs)
     assert changes
-    for (name, _), change in changes.items():
-        # the part of the packed bias that belongs to the keys has no effect, the rest has
-        assert change > 1e-7 or name.endswith("in_proj_bias"), name
+    # Biases of keys alone would have no effect, which softmax takes away; the packed ones are not alone.
+    assert all(change > 1e-7 for change in changes.values()), changes
 
 
 def test_the_negative_control_sees_a_parameter_without_effect():
@@ -316,9 +315,175 @@ def test_an_unknown_operator_is_named_with_its_module():
         trace(nn.Sequential(nn.Linear(3, 4), Inner()), torch.randn(5, 3))
 
 
-def test_recurrent_networks_are_refused_by_name():
-    with pytest.raises(TraceError, match=r"torch.export can't read GRU"):
-        trace(nn.GRU(3, 4, batch_first=True), torch.randn(2, 5, 3))
+@pytest.mark.filterwarnings("ignore:The tensor attributes:UserWarning")  # torch.export's
+@pytest.mark.parametrize(("recurrent", "operator"), [(nn.GRU, "gru"), (nn.LSTM, "lstm")])
+def test_recurrent_networks_are_refused_by_name(recurrent, operator):
+    with pytest.raises(TraceError, match=rf"no rule for the operator aten\.{operator}; .*module '1'"):
+        trace(nn.Sequential(nn.Linear(3, 3), recurrent(3, 4, batch_first=True)), torch.randn(2, 5, 3))
+
+
+class By(nn.Module):
+    """A network of one function of itself and its inputs."""
+
+    def __init__(self, forward, **parts):
+        super().__init__()
+        self.compute = forward
+        for name, part in parts.items():
+            if isinstance(part, nn.Module):
+                self.add_module(name, part)
+            elif part.is_floating_point() and name != "fixed":
+                self.register_parameter(name, nn.Parameter(part))
+            else:
+                self.register_buffer(name, part)
+
+    def forward(self, *inputs):
+        return self.compute(self, *inputs)
+
+
+def normal(*shape):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+
+
+def checked(module, *inputs):
+    """The wiring of a network, for which inverse, places and symmetry hold."""
+    module, wiring = traced(module, *inputs)
+    state = copy.deepcopy(module.state_dict())
+    back = wiring.graph(state).state_dict()
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], values) for name, values in state.items())
+    assert set(wiring.shapes) == dict(module.named_parameters()).keys()
+    assert all((count == 1).all() for count in times_placed(wiring).values())
+    moved = wiring.symmetry.permute(state, wiring.symmetry.random(torch.Generator().manual_seed(1)))
+    assert difference(outputs(module, state, inputs), outputs(module, moved, inputs)) < 1e-9
+    return wiring
+
+
+def ends(wiring, parameter):
+    """The neurons, counted over all groups, at the ends of a parameter's edges."""
+    blocks = [block for block in wiring.blocks if block.weight == parameter]
+    return [sorted(set(torch.cat([wiring.edge_index(b)[i] for b in blocks]).tolist())) for i in (0, 1)]
+
+
+def test_a_parameter_is_tied_only_where_all_of_it_was_used_before():
+    whole = checked(By(lambda net, x: (x @ net.w.T, x @ net.w[1:3].T, x @ net.w), w=normal(4, 4)), normal(5, 4))
+    assert [block.tied for block in whole.blocks] == [False, True, True]
+    parts = checked(By(lambda net, x: (x @ net.w[:3].T, x @ net.w[3:].T), w=normal(4, 4)), normal(5, 4))
+    assert [block.tied for block in parts.blocks] == [False, False]
+    biases = checked(By(lambda net, x: net.a(x) + net.a(x + net.b), a=nn.Linear(3, 2), b=normal(3)), normal(5, 3))
+    assert [group.tied for group in biases.groups if group.bias == "a.bias"] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("used", "problem"),
+    [
+        (lambda net, x: (x @ net.w[:2].T, x @ net.w.T), "w is used in parts that overlap"),
+        (lambda net, x: (x @ net.w[:3].T, x @ net.w[2:].T), "w is used in parts that overlap"),
+        (lambda net, x: (x @ net.w[:3].T, x @ net.w[2:3].T), r"w of shape \(4, 4\) has 12 places"),
+        (lambda net, x: x @ net.w[:1].expand(4, 4).T, "w is repeated before it is used"),
+        (lambda net, x: x @ net.w.view(2, 2, 4).transpose(0, 1).reshape(4, 4), "w is rearranged into new memory"),
+        (lambda net, x: x @ (net.w.sum(0, keepdim=True) * x).T, "w is reduced before it is used"),
+    ],
+)
+def test_uses_of_a_parameter_that_have_no_places_are_refused(used, problem):
+    with pytest.raises(TraceError, match=f"parameter {problem}"):
+        traced(By(used, w=normal(4, 4)), normal(5, 4))
+
+
+def test_parts_of_an_input_have_neurons_of_their_own():
+    net = By(lambda net, x: net.a(x[..., :2]) + net.b(x[..., 2:]), a=nn.Linear(2, 4), b=nn.Linear(2, 4))
+    split = By(lambda net, x: net.a(x.split(2, -1)[0]) + net.b(x.split(2, -1)[1]), a=nn.Linear(2, 4), b=nn.Linear(2, 4))
+    for module in (net, split):
+        wiring = checked(module, normal(5, 4))
+        assert not set(ends(wiring, "a.weight")[0]) & set(ends(wiring, "b.weight")[0])
+
+
+def test_an_input_has_the_same_neurons_wherever_it_is_read_along_one_axis():
+    net = By(lambda net, x: net.a(x) + net.b(2 * x).T + net.b(x.T.exp().T).T, a=nn.Linear(3, 5), b=nn.Linear(3, 5))
+    wiring = checked(net, normal(5, 3))
+    assert ends(wiring, "a.weight")[0] == ends(wiring, "b.weight")[0] == [0, 1, 2]
+
+
+def test_an_input_that_is_repeated_is_read_along_its_new_axes():
+    """Along the same axis it has other neurons than before: 3 features once, 5 rows the other time."""
+    net = By(
+        lambda net, x: (net.a(x), net.b(x * net.fixed)), a=nn.Linear(3, 4), b=nn.Conv1d(5, 2, 1), fixed=normal(2, 5, 1)
+    )
+    wiring = checked(net, normal(5, 3))
+    assert [len(ends(wiring, name)[0]) for name in ("a.weight", "b.weight")] == [3, 5]
+
+
+def test_where_keeps_masked_neurons_in_their_places():
+    parts = {"a": nn.Linear(3, 4), "b": nn.Linear(3, 4), "c": nn.Linear(4, 2)}
+    features = torch.tensor([True, True, False, False])
+    rows = torch.tensor([[True], [False], [True], [True], [False]])
+    chosen = By(lambda net, x: net.c(torch.where(net.mask, net.a(x), net.b(x))), mask=features, **parts)
+    assert checked(chosen, normal(5, 3)).symmetry.order == 1
+    parts.pop("b")
+    for mask, order in ((features, 1), (rows, factorial(4))):
+        masked = By(lambda net, x: net.c(torch.where(net.mask, net.a(x), 0.0)), mask=mask, **parts)
+        assert checked(masked, normal(5, 3)).symmetry.order == order
+
+
+def test_parameters_meet_constants():
+    masked = By(lambda net, x: net.b(nn.functional.linear(x, net.a * net.fixed)), a=normal(4, 3), fixed=normal(4, 3),
+                b=nn.Linear(4, 2))  # fmt: skip
+    assert checked(masked, normal(5, 3)).symmetry.order == 1
+    scaled = By(lambda net, x: net.b(nn.functional.linear(x, net.a * net.fixed)), a=normal(4, 3), fixed=normal(1, 3),
+                b=nn.Linear(4, 2))  # fmt: skip
+    wiring = checked(scaled, normal(5, 3))
+    assert wiring.symmetry.order == factorial(4)
+    assert [block.kind for block in wiring.blocks] == ["linear", "linear"]
+
+
+def test_parameters_meet_statistics_and_zeros():
+    """What is no neuron has nodes of its own where a parameter multiplies it."""
+    parts = {"a": nn.Linear(3, 4), "b": nn.Linear(6, 2), "w": normal(6), "one": normal(1)}
+    mean = By(lambda net, x: net.b(net.a(x).mean(-1, keepdim=True) * net.w) * net.one, **parts)
+    assert checked(mean, normal(5, 3)).symmetry.order == factorial(4) * factorial(6)
+    padded = By(lambda net, x: net.b(nn.functional.pad(net.a(x), (0, 2)) * net.w) * net.one, **parts)
+    checked(padded, normal(5, 3))
+
+
+def test_a_fixed_matrix_mixes_neurons_or_positions():
+    parts = {"a": nn.Linear(3, 4), "b": nn.Linear(4, 2)}
+    neurons = By(lambda net, x: net.b(torch.tanh(net.a(x)) @ net.fixed), fixed=normal(4, 4), **parts)
+    wiring = checked(neurons, normal(5, 3))
+    assert [block.kind for block in wiring.blocks] == ["linear", "product", "linear"]
+    assert len(wiring.edge_index(wiring.blocks[1]).T) == 16
+    positions = By(lambda net, x: net.b(net.fixed @ torch.tanh(net.a(x))), fixed=normal(5, 5), **parts)
+    assert checked(positions, normal(5, 3)).symmetry.order == factorial(4)
+
+
+def test_a_norm_over_parts_of_a_layer_gives_all_of_them_its_bias():
+    net = By(
+        lambda net, x: net.b(net.norm(net.a(x).unflatten(-1, (2, 3))).flatten(-2)),
+        a=nn.Linear(2, 6), norm=nn.LayerNorm(3), b=nn.Linear(6, 2),
+    )  # fmt: skip
+    wiring = checked(net, normal(5, 2))
+    assert [(group.size, group.tied) for group in wiring.groups if group.bias == "norm.bias"] == [(3, False), (3, True)]
+
+
+def test_groups_of_a_convolution_that_lie_across_layers():
+    """Three channels of one layer and one of another, in groups of two: the second group has sources in both."""
+    net = By(
+        lambda net, x: net.both(torch.cat([net.a(x), net.c(net.b(x))], 1)),
+        a=nn.Conv1d(2, 3, 1), b=nn.Conv1d(2, 2, 1), c=nn.Conv1d(2, 1, 1), both=nn.Conv1d(4, 4, 1, groups=2),
+    )  # fmt: skip
+    wiring = checked(net, normal(2, 2, 5))
+    (_, a), (_, c) = ends(wiring, "a.weight"), ends(wiring, "c.weight")
+    assert ends(wiring, "both.weight")[0] == sorted(a + c)
+    assert wiring.symmetry.given_up.keys() == {"a.weight", "a.bias", "both.weight"}
+
+
+def test_what_the_symmetry_lacks_is_named_with_operator_and_module():
+    """Layers of 4 and 2 neurons, joined and viewed as 2 x 3: no product of axes has a border after 4."""
+    cut = By(lambda _, x, y: torch.cat([x, y], -1).unflatten(-1, (2, 3)).transpose(-1, -2).flatten(-2))
+    parts = {"a": nn.Linear(3, 4), "b": nn.Linear(3, 2), "cut": cut, "c": nn.Linear(6, 2)}
+    net = By(lambda net, x: net.c(net.cut(net.a(x), net.b(x))), **parts)
+    symmetry = checked(net, normal(5, 3)).symmetry
+    assert symmetry.order == 1
+    assert symmetry.given_up.keys() == {"a.weight", "a.bias", "b.weight", "b.bias", "c.weight"}
+    assert set(symmetry.given_up.values()) == {("aten.view in 'cut'",)}
 
 
 @torch.library.custom_op("ngtest::twice", mutates_args=())
@@ -364,15 +529,6 @@ def test_state_dicts_that_do_not_fit_are_refused(small):
         wiring.graph({**state, "2.weight": torch.zeros(2, 5)})
     with pytest.raises(ValueError, match=r"parameter 2.bias has batch axes \(7,\)"):
         wiring.graph({**state, "2.bias": torch.zeros(7, 2)})
-
-
-def test_numbers_that_are_not_finite_are_found(small):
-    module, wiring = small
-    state = module.state_dict()
-    wiring.check_finite(state)
-    for bad in (float("nan"), float("inf")):
-        with pytest.raises(ValueError, match=r"parameter 2.weight holds NaN or infinity"):
-            wiring.check_finite({**state, "2.weight": torch.full((2, 4), bad)})
 
 
 def test_orders_that_are_no_permutations_are_refused(small):

@@ -3,7 +3,6 @@
 from ngcore.graph import rules  # noqa: F401  # registers how operators are read
 from ngcore.graph.neural_graph import NeuralGraph
 from ngcore.graph.parameter_graph import to_parameter_graph
-from ngcore.graph.symmetry import permute, random_permutations
 from ngcore.graph.trace import TraceError, rule, trace
 from ngcore.graph.wiring import Block, Group, Wiring, mlp
 
@@ -14,8 +13,6 @@ __all__ = [
     "TraceError",
     "Wiring",
     "mlp",
-    "permute",
-    "random_permutations",
     "rule",
     "to_parameter_graph",
     "trace",

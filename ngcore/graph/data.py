@@ -12,16 +12,14 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
+from ngcore.graph.activations import NAMES as ACTIVATIONS
+
 if TYPE_CHECKING:
     from ngcore.graph.neural_graph import NeuralGraph
     from ngcore.graph.wiring import Block, Wiring
 
 # What the integers in `Data` stand for. New names go before "other", the last: stored models index into these.
 ROLES = ("input", "hidden", "output")
-ACTIVATIONS = (
-    "identity", "relu", "sine", "tanh", "sigmoid", "gelu", "silu", "leaky_relu", "elu", "relu6", "softplus", "hardtanh",
-    "hardswish", "hardsigmoid", "mish", "selu", "celu", "log_sigmoid", "erf", "softsign", "other",
-)  # fmt: skip
 EDGE_KINDS = ("linear", "convolution", "normalization", "embedding", "residual", "flatten", "product", "other")
 
 Linear = Literal["linear", "convolution"]

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch_geometric.data import Data
 
-from ngcore.graph.simulate import ACTIVATIONS
+from ngcore.graph.activations import function_of
 
 
 class ForwardPass:
@@ -21,7 +21,7 @@ class ForwardPass:
     """
 
     def __init__(self, activation: str = "relu") -> None:
-        self.activation = ACTIVATIONS[activation]
+        self.activation = function_of(activation)
 
     def message(
         self, edge: Float[Tensor, "edges 1"], source: Float[Tensor, "edges points"]

@@ -51,16 +51,12 @@ class NeuralGraph:
         for block, edges in zip(self.wiring.blocks, self.edges, strict=True):
             if block.weight is not None and not block.tied:
                 self._give_back(state, block.weight, block.view, edges)
-            self._give_bias_back(state, block.target)
-        for g in range(len(self.wiring.groups)):
-            self._give_bias_back(state, g)
+        for group, nodes in zip(self.wiring.groups, self.nodes, strict=True):
+            if group.bias is not None and not group.tied:
+                self._give_back(state, group.bias, group.view, nodes)
+        state = {name: state[name] for name in self.wiring.shapes}
         state.update((alias, state[name]) for alias, name in self.wiring.aliases)
         return {**state, **self.others}
-
-    def _give_bias_back(self, state: dict[str, Tensor], g: int) -> None:
-        group = self.wiring.groups[g]
-        if group.bias is not None and not group.tied and (group.view is not None or group.bias not in state):
-            self._give_back(state, group.bias, group.view, self.nodes[g])
 
     def _give_back(self, state: dict[str, Tensor], name: str, view: View | None, values: Tensor) -> None:
         """Write features to where they came from; a whole parameter comes back as the view that it is."""

@@ -10,17 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ngcore.graph.activations import OF_OPERATOR, function_of
 from ngcore.graph.neural_graph import NeuralGraph
+from ngcore.graph.rules.parameters import form_of_convolution
 from ngcore.graph.trace import NO_NEURON
 from ngcore.graph.wiring import Reference, Step
-
-ACTIVATIONS = {
-    "identity": lambda x: x,
-    "relu": torch.relu,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "sine": lambda x: torch.sin(30.0 * x),  # a SIREN's unit (Sitzmann et al. 2020), ω₀ = 30
-}
 
 
 def activations(graph: NeuralGraph, points: Float[Tensor, "points inputs"]) -> list[Float[Tensor, ...]]:
@@ -40,7 +34,7 @@ def activations(graph: NeuralGraph, points: Float[Tensor, "points inputs"]) -> l
         before = sums[block.target]
         sums[block.target] = product if before is None else before + product
         if all(later.target != block.target for later in graph.wiring.blocks[b + 1 :]):
-            activation = ACTIVATIONS[groups[block.target].activation]
+            activation = function_of(groups[block.target].activation)
             values[block.target] = activation(sums[block.target] + graph.nodes[block.target])
     return values
 
@@ -136,11 +130,11 @@ class Simulation:
         if step.operator == "buffer":
             return self.graph.others[step.arguments[0]]
         if step.parameter is not None:
-            if step.operator != "parameter" and name_of(step) not in MOVES:
+            if step.operator != "parameter" and step.name not in MOVES:
                 raise self.fail(step, "it changes a parameter before its use")
             return None
         try:
-            return HANDLERS.get(name_of(step), run)(self, step)
+            return HANDLERS.get(step.name, run)(self, step)
         except SimulationError as error:
             raise self.fail(step, str(error)) from error
 
@@ -201,11 +195,6 @@ class Simulation:
         return self.biases[targets]
 
 
-def name_of(step: Step) -> str:
-    """The operator without its library and overload."""
-    return step.operator.split(".")[1] if "." in step.operator else step.operator
-
-
 def call(step: Step, arguments: Sequence[Any]) -> Any:
     """Run an operator on tensors."""
     if step.operator == "getitem":
@@ -238,8 +227,8 @@ def elementwise(simulation: Simulation, step: Step) -> Tensor:
 
 def with_parameter(simulation: Simulation, step: Step, parameter: Reference) -> Tensor:
     """x + bias or γ x."""
-    adds, others = name_of(step) == "add", [x for x in step.arguments if x is not parameter]
-    if name_of(step) not in ("add", "mul") or len(others) != 1 or step.keywords or step.ids is None:
+    adds, others = step.name == "add", [x for x in step.arguments if x is not parameter]
+    if step.name not in ("add", "mul") or len(others) != 1 or step.keywords or step.ids is None:
         raise SimulationError(f"it reads parameter {simulation.parameter(parameter)}")
     edges = simulation.only(step, "residual" if adds else "normalization")
     x = simulation.resolved(others[0])
@@ -252,7 +241,7 @@ def with_parameter(simulation: Simulation, step: Step, parameter: Reference) -> 
 
 def linear(simulation: Simulation, step: Step) -> Tensor:
     """Sums over the edges into every neuron of the last axis."""
-    arguments = dict(zip(ARGUMENTS[name_of(step)], step.arguments, strict=False))
+    arguments = dict(zip(ARGUMENTS[step.name], step.arguments, strict=False))
     argument, bias = arguments["x"], arguments.get("bias")
     if simulation.parameter(argument) or not simulation.parameter(arguments["weight"]) or step.keywords:
         return product(simulation, step)
@@ -312,9 +301,7 @@ def convolution(simulation: Simulation, step: Step) -> Tensor:
         raise SimulationError("its kernels are no parameter")
     kernel = simulation.wiring.blocks[step.blocks[-1]].kernel
     channel = simulation.resolved(argument).dim() - 1 - len(kernel)
-    transposed = "transpose" in name_of(step) or (name_of(step) == "convolution" and rest[3])
-    place = 5 if name_of(step) == "convolution" else 3
-    groups = rest[place] if len(rest) > place else 1
+    transposed, groups = form_of_convolution(step.name, rest)
     sources = simulation.rows(step, argument, channel).reshape(-1).view(groups, 1, -1)
     targets = step.ids.movedim(channel, -1).reshape(-1)
     features = simulation.edges(step, "convolution")(sources, targets.view(groups, -1, 1))
@@ -353,11 +340,7 @@ MOVES = {
     "view", "t", "transpose", "permute", "unsqueeze", "squeeze", "select", "slice", "alias", "detach", "getitem",
     "split", "split_with_sizes", "unbind", "expand", "clone",
 }  # fmt: skip
-ELEMENTWISE = {
-    "add", "sub", "rsub", "mul", "div", "maximum", "minimum", "relu", "relu6", "leaky_relu", "gelu", "silu", "tanh",
-    "sigmoid", "sin", "elu", "softplus", "hardtanh", "hardswish", "hardsigmoid", "mish", "selu", "celu",
-    "log_sigmoid", "softsign", "erf",
-}  # fmt: skip
+ELEMENTWISE = {"add", "sub", "rsub", "mul", "div", "maximum", "minimum", *OF_OPERATOR}
 CONVOLUTIONS = {"convolution"} | {f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)}
 NORMS = {
     "batch_norm", "_native_batch_norm_legit_no_training", "layer_norm", "native_layer_norm", "rms_norm", "group_norm",

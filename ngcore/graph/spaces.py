@@ -5,16 +5,23 @@ splits one into a product, a slice into a sum, a constant that varies along one 
 whole network has been read is its group of neuron permutations: one symmetric group per free leaf, once for every
 value of the leaves on which it depends (every head permutes its dimensions by itself).
 
-Sound always: what is not understood is pinned. Permutations only, no signs, scales or rotations.
+Sound always: what is not understood is given up, i.e. pinned with a note of the operator. Permutations only, no signs,
+scales or rotations.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from contextvars import ContextVar
 from typing import Literal
 
 Kind = Literal["leaf", "uniform", "sum", "product", "family"]
+Pinned = bool | str
+
+reading: ContextVar[str] = ContextVar("reading", default="the network as a whole")
+"""The operator that is being read and where it is: what spaces are given up for."""
 
 
 class Space:
@@ -23,11 +30,13 @@ class Space:
     Kinds: a leaf has no structure; a `uniform` one carries equal values, like an expanded axis, and is never bound; a
     sum or a product is made of `parts`, in the order of the axis; a family is a leaf that differs with another one,
     `index`, of which it has one part for every value.
+
+    `pinned` says whether a leaf holds its order; it is the name of an operator where that is for want of a structure.
     """
 
     __slots__ = ("depends", "index", "kind", "link", "parts", "pinned", "size")
 
-    def __init__(self, size: int, kind: Kind = "leaf", parts: Sequence[Space] = (), pinned: bool = False) -> None:
+    def __init__(self, size: int, kind: Kind = "leaf", parts: Sequence[Space] = (), pinned: Pinned = False) -> None:
         self.size, self.kind, self.parts, self.pinned = size, kind, list(parts), pinned
         self.link: Space | None = None  # the space that this one turned out to be
         self.index: Space | None = None
@@ -39,8 +48,7 @@ class Space:
         self.link = other
         for leaf in leaves(other):
             leaf.depends += [[*known, other] for known in self.depends]
-        if self.pinned:
-            pin(other)
+        _pin([other], self.pinned)
 
 
 def uniform(size: int) -> Space:
@@ -86,14 +94,32 @@ def leaves(space: Space) -> list[Space]:
 
 
 def pin(*spaces: Space) -> None:
-    """Allow no permutation."""
+    """Allow no permutation: the network allows none."""
+    _pin(spaces, True)
+
+
+def give_up(*spaces: Space) -> None:
+    """Allow no permutation: no structure says which ones the operator that is being read allows."""
+    _pin(spaces, reading.get())
+
+
+def _pin(spaces: Iterable[Space], why: Pinned) -> None:
     for space in spaces:
         for leaf in leaves(space):
-            leaf.pinned = True
+            leaf.pinned = _stronger(leaf.pinned, why)
+
+
+def _stronger(a: Pinned, b: Pinned) -> Pinned:
+    return True if True in (a, b) else a or b
 
 
 def pinned_leaf(size: int) -> Space:
     return Space(size, pinned=True) if size != 1 else uniform(1)
+
+
+def lost_leaf(size: int) -> Space:
+    """The space of an axis that the operator being read makes in a way that no structure expresses."""
+    return Space(size, pinned=reading.get()) if size != 1 else uniform(1)
 
 
 def is_pinned(space: Space) -> bool:
@@ -118,37 +144,44 @@ def split_product(space: Space, sizes: Sequence[int]) -> list[Space]:
     if space.kind == "leaf":
         children: list[Space] = []
         for size in sizes:
-            child = pinned_leaf(size) if space.pinned or size == 1 else Space(size)
+            child = uniform(1) if size == 1 else Space(size, pinned=space.pinned)
             child.depends = [[*known, *children] for known in space.depends] or ([children.copy()] if children else [])
             children.append(child)
         space.link = product_of(children)
         return children
     if space.kind == "product":
-        return _regroup(parts(space, "product"), sizes)
+        return _regroup(parts(space, "product"), sizes, split_product, _divided, product_of)
     if space.kind == "sum":
         return _split_sum_as_product(space, sizes)
     raise IncompatibleError
 
 
-def _regroup(factors: list[Space], sizes: Sequence[int]) -> list[Space]:
-    """Cut and join the factors of a product to these sizes."""
-    waiting, found = list(factors), []
+def _divided(size: int, by: int) -> int:
+    if size % by:
+        raise IncompatibleError
+    return size // by
+
+
+def _regroup(
+    inner: Sequence[Space],
+    sizes: Sequence[int],
+    apart: Callable[[Space, Sequence[int]], list[Space]],
+    less: Callable[[int, int], int],
+    together: Callable[[list[Space]], Space],
+) -> list[Space]:
+    """Take the parts of a sum or a product apart and together to these sizes; `less` is what is left of a size."""
+    waiting, found = list(inner), []
     for size in sizes:
         taken: list[Space] = []
-        missing = size
-        while missing > 1:
-            factor = resolve(waiting.pop(0))
-            if missing % factor.size == 0:
-                taken.append(factor)
-                missing //= factor.size
-            elif factor.size % missing == 0:
-                first, rest = split_product(factor, [missing, factor.size // missing])
-                taken.append(first)
+        missing, nothing = size, less(size, size)
+        while missing != nothing:
+            part = resolve(waiting.pop(0))
+            if part.size > missing:
+                part, rest = apart(part, [missing, less(part.size, missing)])
                 waiting.insert(0, rest)
-                missing = 1
-            else:
-                raise IncompatibleError
-        found.append(product_of(taken))
+            taken.append(part)
+            missing = less(missing, part.size)
+        found.append(together(taken))
     return found
 
 
@@ -187,7 +220,7 @@ def cut(space: Space, sizes: Sequence[int]) -> list[Space]:
         space.link = sum_of(pieces)
         return pieces
     if space.kind == "sum":
-        return _regroup_sum(parts(space, "sum"), sizes)
+        return _regroup(parts(space, "sum"), sizes, cut, operator.sub, sum_of)
     if space.kind == "product":
         first, *rest = parts(space, "product")
         inner = math.prod(factor.size for factor in rest)
@@ -197,24 +230,8 @@ def cut(space: Space, sizes: Sequence[int]) -> list[Space]:
     raise IncompatibleError
 
 
-def _regroup_sum(pieces: list[Space], sizes: Sequence[int]) -> list[Space]:
-    waiting, found = list(pieces), []
-    for size in sizes:
-        taken: list[Space] = []
-        missing = size
-        while missing:
-            piece = resolve(waiting.pop(0))
-            if piece.size > missing:
-                piece, rest = cut(piece, [missing, piece.size - missing])
-                waiting.insert(0, rest)
-            taken.append(piece)
-            missing -= piece.size
-        found.append(sum_of(taken))
-    return found
-
-
 def unify(a: Space, b: Space) -> Space:
-    """Make two spaces one, index by index; what has no common structure is pinned."""
+    """Make two spaces one, index by index; what has no common structure is given up."""
     a, b = resolve(a), resolve(b)
     if a is b or b.kind == "uniform":
         return a
@@ -222,7 +239,7 @@ def unify(a: Space, b: Space) -> Space:
         return b
     if a.kind == "leaf" and b.kind == "leaf":
         b.link = a
-        a.pinned |= b.pinned
+        a.pinned = _stronger(a.pinned, b.pinned)
         a.depends += b.depends
         return a
     try:
@@ -232,14 +249,13 @@ def unify(a: Space, b: Space) -> Space:
             return _bind(a, b)
         return _unify_structures(a, b)
     except IncompatibleError:
-        pin(a, b)
+        give_up(a, b)
         return a
 
 
 def _bind(leaf: Space, structure: Space) -> Space:
     """Give a leaf the structure of another space; where that is uniform the leaf stays free."""
-    if leaf.pinned:
-        pin(structure)
+    _pin([structure], leaf.pinned)
     if structure.kind == "family":
         leaf.become(structure)
         return structure
@@ -300,7 +316,7 @@ def select(axes: Sequence[Space], dim: int, position: int) -> list[Space]:
                 return select([*axes[:dim], part, *axes[dim + 1 :]], dim, position)
             position -= part.size
     if axis.kind != "leaf":
-        pin(axis)
+        give_up(axis)
         return others
     axis.pinned = True
     _make_families(axis, others)

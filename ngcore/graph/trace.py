@@ -8,15 +8,16 @@ import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from ngcore.graph.spaces import Space, pin, pinned_leaf, resolve, uniform
-from ngcore.graph.symmetry_group import Symmetry
+from ngcore.graph.spaces import Space, pin, pinned_leaf, reading, resolve, uniform
+from ngcore.graph.symmetry import Symmetry
 from ngcore.graph.wiring import Block, Group, Reference, Role, Step, View, Wiring
 
 NO_NEURON = -1
@@ -31,6 +32,8 @@ class Value:
         ids: the neuron behind every element, int64, broadcastable to the shape: an axis along which it does not vary
             has length 1; `NO_NEURON` where there is none (a statistic, a constant). None for an input of the network
             of which nothing has been read yet.
+        made: for such an input, its neurons once they have been made, by the axis along which they lie; shared with
+            what acts on every number of the input by itself.
         slot: the parameter, and which of its elements this tensor is: a view of a meta tensor of its shape.
         constant: the numbers, where they depend on no parameter and no input.
         source: the node of the exported graph that made it.
@@ -41,6 +44,7 @@ class Value:
     shape: tuple[int, ...]
     axes: list[Space]
     ids: Tensor | None = None
+    made: dict[int, Tensor] = field(default_factory=dict)
     slot: tuple[str, Tensor] | None = None
     constant: Tensor | None = None
     source: fx.Node | None = None
@@ -64,7 +68,6 @@ class Neurons:
     bias: tuple[str, View] | None = None
     tied: bool = False
     read: bool = False
-    maker: fx.Node | None = None
 
 
 class TraceError(ValueError):
@@ -99,11 +102,18 @@ class Reader:
     blocks: list[Block] = field(default_factory=list)
     axes: dict[str, tuple[Space, ...]] = field(default_factory=dict)
     tensors: list[tuple[Space, ...]] = field(default_factory=list)
-    placed: set[tuple[str, int]] = field(default_factory=set)
+    slots: dict[str, Tensor] = field(default_factory=dict)
+    placed: dict[str, Tensor | None] = field(default_factory=dict)
+    """Which elements of a parameter have their place on the graph; None for all of them."""
     vocabularies: dict[Any, Tensor] = field(default_factory=dict)
     node: fx.Node | None = None
     read: dict[fx.Node, tuple[Any, range, str]] = field(default_factory=dict)
     """What became of every operator: its value, the blocks that it made, and where it is."""
+
+    @property
+    def operator(self) -> str:
+        """The operator that is being read, with its library and without its overload, e.g. "aten.add"."""
+        return str(getattr(self.node.target, "overloadpacket", self.node.target))
 
     @property
     def where(self) -> str:
@@ -111,16 +121,20 @@ class Reader:
         stack = self.node.meta.get("nn_module_stack") or {}
         return next(reversed(stack.values()), ("",))[0].removeprefix("L['self'].") if stack else ""
 
+    @property
+    def named(self) -> str:
+        """Name of that module for a reader of messages."""
+        return self.where or type(self.module).__name__
+
     def fail(self, problem: str) -> TraceError:
-        target = getattr(self.node, "target", "")
-        return TraceError(f"{problem} (operator {target}, module '{self.where or type(self.module).__name__}')")
+        return TraceError(f"{problem} (operator {getattr(self.node, 'target', '')}, module '{self.named}')")
 
     # Neurons
 
     def new_neurons(self, size: int, role: Role = "hidden") -> Tensor:
         """A new group; its ids, (size,)."""
         start = self.groups[-1].start + self.groups[-1].size if self.groups else 0
-        self.groups.append(Neurons(start, size, role, self.where, maker=self.node))
+        self.groups.append(Neurons(start, size, role, self.where))
         return torch.arange(start, start + size)
 
     def group_of(self, neuron: int) -> int:
@@ -160,13 +174,12 @@ class Reader:
         kernel: tuple[int, ...] = (),
     ) -> None:
         """Edges from neurons to neurons; `slot` is viewed as (groups, targets, sources, *features) of each group."""
-        name, view = (None, None) if slot is None else (slot[0], View.of(slot[1]))
-        shape = (groups, len(targets) // groups, len(sources) // groups)
-        pieces = [(sources, targets, view, shape)]
+        name, view = (None, None) if slot is None else (slot[0], self.view(*slot))
+        pieces = [(self.ends(sources, groups), self.ends(targets, groups), view)]
         for axis in (0, 2, 1):
-            pieces = [smaller for piece in pieces for smaller in self._cut(*piece, axis)]
-        for own_sources, own_targets, own_view, own_shape in pieces:
-            source, target = self.group_of(int(own_sources[0])), self.group_of(int(own_targets[0]))
+            pieces = [smaller for piece in pieces for smaller in cut_edges(*piece, axis)]
+        for own_sources, own_targets, own_view in pieces:
+            source, target = int(own_sources[1, 0, 0]), int(own_targets[1, 0, 0])
             self.groups[source].read = True
             self.blocks.append(
                 Block(
@@ -175,45 +188,59 @@ class Reader:
                     name,
                     kind=kind,
                     view=own_view,
-                    groups=own_shape[0],
+                    groups=own_sources.shape[1],
                     kernel=kernel,
-                    source_nodes=as_nodes(own_sources - self.groups[source].start),
-                    target_nodes=as_nodes(own_targets - self.groups[target].start),
-                    tied=own_view is not None and (name, own_view.offset) in self.placed,
+                    source_nodes=as_nodes(own_sources[0].flatten() - self.groups[source].start),
+                    target_nodes=as_nodes(own_targets[0].flatten() - self.groups[target].start),
+                    tied=own_view is not None and self.place(name, own_view),
                 )
             )
-        self.placed |= {(name, piece.offset) for _, _, piece, _ in pieces if piece is not None}
 
-    def _cut(self, sources: Tensor, targets: Tensor, view: View | None, shape: tuple[int, int, int], axis: int):
-        """Cut edges along an axis of their block where the neurons along it come from another group."""
-        groups, rows, columns = shape
-        source_groups = self.places(sources).view(groups, columns)
-        target_groups = self.places(targets).view(groups, rows)
-        along = {
-            0: torch.stack([source_groups[:, 0], target_groups[:, 0]], 1),
-            1: target_groups.T[:, :1],
-            2: source_groups.T[:, :1],
-        }[axis]
-        ends = [*(torch.nonzero((along[1:] != along[:-1]).any(1)).flatten() + 1).tolist(), shape[axis]]
-        start = 0
-        for end in ends:
-            cut_sources = sources.view(groups, columns)
-            cut_targets = targets.view(groups, rows)
-            if axis != 1:
-                cut_sources = cut_sources[start:end] if axis == 0 else cut_sources[:, start:end]
-            if axis != 2:
-                cut_targets = cut_targets[start:end] if axis == 0 else cut_targets[:, start:end]
-            cut_shape = tuple(end - start if i == axis else n for i, n in enumerate(shape))
-            cut_view = None if view is None else view.narrow(axis, start, end - start)
-            yield cut_sources.flatten(), cut_targets.flatten(), cut_view, cut_shape
-            start = end
+    def ends(self, neurons: Tensor, groups: int) -> Tensor:
+        """Ids, and the groups in which the neurons are: (2, parts of a block, neurons of a part)."""
+        return torch.stack([neurons, self.places(neurons)]).view(2, groups, -1)
 
     def give_bias(self, ids: Tensor, slot: tuple[str, Tensor]) -> None:
         """Make a parameter of one number per neuron the bias of a new group."""
         group = self.groups[self.group_of(int(ids[0]))]
-        group.bias = slot[0], View.of(slot[1])
-        group.tied = (slot[0], slot[1].storage_offset()) in self.placed
-        self.placed.add((slot[0], slot[1].storage_offset()))
+        if group.bias is not None:
+            raise self.fail(f"parameter {slot[0]} would be a second bias of neurons that have {group.bias[0]}")
+        group.bias = slot[0], self.view(*slot)
+        group.tied = self.place(*group.bias)
+
+    # Parameters
+
+    def view(self, name: str, values: Tensor) -> View:
+        """Which elements of a parameter these are."""
+        if values.untyped_storage()._cdata != self.slots[name].untyped_storage()._cdata:
+            raise self.fail(f"parameter {name} is rearranged into new memory before it is used")
+        return View.of(values)
+
+    def place(self, name: str, view: View) -> bool:
+        """Give elements of a parameter their place on the graph, unless they have one from an earlier use.
+
+        Returns:
+            whether they have.
+
+        Raises:
+            TraceError: some of them have, others not; or one occurs twice.
+        """
+        count = self.slots[name].numel()
+        if any(stride == 0 and n > 1 for n, stride in zip(view.size, view.stride, strict=True)):
+            raise self.fail(f"parameter {name} is repeated before it is used")
+        if name not in self.placed and math.prod(view.size) == count:
+            self.placed[name] = None  # all of it: no need to look at every element
+            return False
+        if name not in self.placed:
+            self.placed[name] = torch.zeros(count, dtype=torch.bool)
+        if self.placed[name] is None:
+            return True
+        places = view(self.placed[name], 0)
+        tied = bool(places.any())
+        if tied and not places.all():
+            raise self.fail(f"parameter {name} is used in parts that overlap")
+        places.fill_(True)
+        return tied
 
     # Values
 
@@ -229,15 +256,36 @@ class Reader:
         if value.parent is not None:
             parent, order = value.parent
             return self.neurons(parent, order[axis]).permute(order)
-        key = (value.source, axis % len(value.shape))
-        if key not in self.vocabularies:
+        axis %= len(value.shape)
+        if axis not in value.made:
             shape = [1] * len(value.shape)
             shape[axis] = value.shape[axis]
-            self.vocabularies[key] = self.new_neurons(value.shape[axis], "input").view(shape)
-        return self.vocabularies[key]
+            value.made[axis] = self.new_neurons(value.shape[axis], "input").view(shape)
+        return value.made[axis]
+
+    def same(self, value: Value, axes: Sequence[Space] | None = None) -> Value:
+        """An activation after an operator that acts on every number by itself: of the same neurons."""
+        axes = value.axes if axes is None else axes
+        self.tensors.append(tuple(axes))
+        return replace(value, axes=list(axes), source=self.node)
 
 
 SLICE_SCATTER = torch.ops.aten.slice_scatter.default
+
+
+def cut_edges(
+    sources: Tensor, targets: Tensor, view: View | None, axis: int
+) -> Iterator[tuple[Tensor, Tensor, View | None]]:
+    """Cut edges where the neurons at their ends change groups: along parts (axis 0), targets (1) or sources (2)."""
+    # after a cut along parts, all parts of a piece change groups at the same places as the first
+    groups = {0: torch.cat([sources[1], targets[1]], 1), 1: targets[1, :1].T, 2: sources[1, :1].T}[axis]
+    changes = torch.nonzero((groups[1:] != groups[:-1]).any(1)).flatten() + 1
+    for start, end in pairwise([0, *changes.tolist(), len(groups)]):
+        yield (
+            sources if axis == 1 else sources.narrow(1 if axis == 0 else 2, start, end - start),
+            targets if axis == 2 else targets.narrow(1 if axis == 0 else 2, start, end - start),
+            None if view is None else view.narrow(axis, start, end - start),
+        )
 
 
 def as_nodes(indices: Tensor) -> range | tuple[int, ...]:
@@ -338,8 +386,8 @@ def _placeholder(reader: Reader, exported: torch.export.ExportedProgram, node: f
         name = reader.owners.get(name, name)
         if name not in reader.axes:
             reader.axes[name] = tuple(Space(n) if n != 1 else uniform(1) for n in example.shape)
-        slot = torch.empty(example.shape, device="meta")
-        return Value(tuple(example.shape), list(reader.axes[name]), slot=(name, slot))
+            reader.slots[name] = torch.empty(example.shape, device="meta")
+        return Value(tuple(example.shape), list(reader.axes[name]), slot=(name, reader.slots[name]))
     buffer = signature.inputs_to_buffers.get(node.name)
     lifted = signature.inputs_to_lifted_tensor_constants.get(node.name)
     if buffer is not None or lifted is not None:
@@ -360,18 +408,21 @@ def _call(reader: Reader, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     fx.node.map_aggregate((arguments, keywords), lambda x: found.append(x) if isinstance(x, Value) else None)
     if all(value.kind == "constant" for value in found):
         return _evaluate(node, arguments, keywords)
-    name = str(getattr(node.target, "overloadpacket", node.target))
+    name = reader.operator
     if name not in RULES:
         raise reader.fail(
             f"no rule for the operator {name}; register one with @ngcore.graph.rule('{name}'), "
-            "as ngcore/graph/rules.py does"
+            "as ngcore/graph/rules/ does"
         )
+    token = reading.set(f"{name} in '{reader.named}'")
     try:
         return RULES[name](reader, *arguments, **keywords)
     except TraceError:
         raise
     except Exception as error:
         raise reader.fail(f"the rule for {name} failed: {type(error).__name__}: {error}") from error
+    finally:
+        reading.reset(token)
 
 
 def _evaluate(node: fx.Node, arguments: Any, keywords: Any) -> Any:
@@ -435,22 +486,8 @@ def _ids(reader: Reader, value: Value) -> Tensor | None:
         parent, order = value.parent
         known = _ids(reader, parent)
         return None if known is None else known.permute(order)
-    made = [ids for key, ids in reader.vocabularies.items() if key[0] is value.source]
+    made = list(value.made.values())
     return made[0] if len(made) == 1 else None
-
-
-def _check_places(shapes: dict[str, tuple[int, ...]], groups: Sequence[Group], reader: Reader) -> None:
-    """Every element of every parameter has exactly one place."""
-    found = dict.fromkeys(shapes, 0)
-    for block in reader.blocks:
-        if block.weight is not None and not block.tied:
-            found[block.weight] += math.prod(block.view.size)
-    for group in groups:
-        if group.bias is not None and not group.tied:
-            found[group.bias] += math.prod(group.view.size)
-    for name, shape in shapes.items():
-        if found[name] != math.prod(shape):
-            raise TraceError(f"parameter {name} of shape {shape} has {found[name]} places on the graph")
 
 
 def _wiring(reader: Reader, exported: torch.export.ExportedProgram, returned: list[Value]) -> Wiring:
@@ -475,7 +512,9 @@ def _wiring(reader: Reader, exported: torch.export.ExportedProgram, returned: li
     everything = exported.state_dict
     used = {block.weight for block in reader.blocks} | {group.bias for group in groups}
     shapes = {name: tuple(everything[name].shape) for name in reader.axes if name in used}
-    _check_places(shapes, groups, reader)
+    for name, placed in reader.placed.items():
+        if placed is not None and not placed.all():
+            raise TraceError(f"parameter {name} of shape {shapes[name]} has {int(placed.sum())} places on the graph")
     axes = {name: tuple(map(resolve, own)) for name, own in reader.axes.items()}
     return Wiring(
         tuple(groups),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ngcore.graph.neural_graph import NeuralGraph
 from ngcore.graph.spaces import Space
-from ngcore.graph.symmetry_group import Symmetry
+from ngcore.graph.symmetry import Symmetry
 
 Role = Literal["input", "hidden", "output"]
 
@@ -113,6 +113,11 @@ class Step:
     blocks: range = range(0)
     parameter: str | None = None
     where: str = ""
+
+    @property
+    def name(self) -> str:
+        """The operator without its library and overload."""
+        return self.operator.split(".")[1] if "." in self.operator else self.operator
 
 
 @dataclass(frozen=True)
@@ -228,12 +233,6 @@ class Wiring:
         )
         sources, targets = source.view(block.groups, 1, -1), target.view(block.groups, -1, 1)
         return torch.stack([x.flatten() for x in torch.broadcast_tensors(sources, targets)])
-
-    def check_finite(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Raise a ValueError that names the first parameter with NaN or infinite elements."""
-        for name in self.shapes:
-            if not torch.isfinite(state_dict[name]).all():
-                raise ValueError(f"parameter {name} holds NaN or infinity")
 
 
 def mlp(sizes: Sequence[int], activation: str = "relu") -> Wiring:
