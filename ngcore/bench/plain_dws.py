@@ -1,4 +1,4 @@
-"""DWSNet block by block: the reference that the merged form in `ngcore.models.baselines.dws` is held against.
+"""DWSNet block by block: the reference that the merged form in `ngcore.models.baselines` is held against.
 
 One module per pair of parameter tensors, with one Linear for every set of hidden groups that the two may tie
 together and with poolings of its own. Same function, same parameters, many small steps.
@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ngcore.graph import NeuralGraph, Wiring
-from ngcore.models.baselines.dws import Reduction, Support, WeightSpace
 from ngcore.models.baselines.mlp import ParameterReader, perceptron
+from ngcore.models.baselines.weight_space import Reduction, Support, WeightSpace
 
 
 class PlainBlock(nn.Module):
@@ -103,8 +103,8 @@ class PlainDWSNet(ParameterReader):
         self.head = perceptron([channels, head_width, head_width, num_classes], dropout)
 
     def forward(self, graph: NeuralGraph) -> Float[Tensor, "batch classes"]:
-        parameters = self.standardized(graph)
-        tensors = [self.space.fold(name, parameters[name]) for name in self.names]
+        standardized = self.standardized_graph(graph)
+        tensors = [self.space.fold(name, standardized) for name in self.names]
         for layer in self.layers:
             tensors = layer(tensors)
         pooled = [pool(x, tuple(range(1, x.dim() - 1)), self.reduction) for x in tensors]
@@ -116,7 +116,7 @@ class PlainDWSNet(ParameterReader):
         for key, value in merged.items():
             match key.split("."):
                 case ["layers", layer, "maps", tie, "weight"]:
-                    found |= self._cut_map(int(layer), self.space.supports[int(tie)], value)
+                    found |= self._cut_map(int(layer), self.space.ties[int(tie)], value)
                 case ["layers", layer, "maps", _, "bias"]:
                     parts = value.split(self._channels(int(layer) + 1, self.names))
                     found |= {f"layers.{layer}.biases.{t}": part for t, part in enumerate(parts)}

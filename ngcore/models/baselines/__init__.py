@@ -1,7 +1,8 @@
-"""Models that read parameters without a graph: MLP, Set NN and DWSNet."""
+"""Models that read parameters without a graph: MLP, Set NN, DWSNet and NFN."""
 
-from ngcore.models.baselines.dws import DWSNet
+from ngcore.models.baselines.dws import DWSNet, EquivariantDWSNet
 from ngcore.models.baselines.mlp import MLP
+from ngcore.models.baselines.nfn import NFN, EquivariantNFN
 from ngcore.models.baselines.set_nn import SetNN
 
-__all__ = ["MLP", "DWSNet", "SetNN"]
+__all__ = ["MLP", "NFN", "DWSNet", "EquivariantDWSNet", "EquivariantNFN", "SetNN"]

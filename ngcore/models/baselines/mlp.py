@@ -40,8 +40,12 @@ class ParameterReader(nn.Module):
         Raises:
             ValueError: the graph is of another wiring.
         """
+        return self.standardized_graph(graph).state_dict()
+
+    def standardized_graph(self, graph: NeuralGraph) -> NeuralGraph:
+        """The same, where they lie on the graph."""
         self._check_wiring(graph)
-        return self.normalization(graph).state_dict()
+        return self.normalization(graph)
 
     def _check_wiring(self, graph: NeuralGraph) -> None:
         if graph.wiring != self.wiring:
