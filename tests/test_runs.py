@@ -18,8 +18,9 @@ from ngcore.study.files import write_atomically
 from ngcore.study.runs import RunError, StoredRun, read_record
 from ngcore.study.training import DivergedError, Schedule, learning_rate
 from ngcore.tasks import inr_classification as task
+from ngcore.tasks import inr_sets
 
-DATA = task.INRData("mnist", train=16, validation=8, test=8, steps=3, learning_rate=1e-3)
+DATA = inr_sets.INRData("mnist", train=16, validation=8, test=8, steps=3, learning_rate=1e-3)
 SCHEDULE = Schedule(epochs=3, batch=4, warmup=2, decay=True, micro_batch=2)
 CONFIG = task.Config("mnist", "NG-GNN", 2, 0, DATA, SCHEDULE, Augmentation())
 
@@ -49,7 +50,7 @@ def test_a_run_is_stored_and_found_again(cache, monkeypatch):
 
 def test_the_stored_weights_give_the_stored_numbers(cache):
     record = task.run(CONFIG)
-    sets, digest = task.load_data(DATA, "cpu")
+    sets, digest = inr_sets.load_data(DATA, "cpu")
     problem = task.Classification(task.build_model("NG-GNN", 2).eval(), sets, None)
     problem.model.load_state_dict(StoredRun.of(CONFIG, digest, cache).weights())
     with torch.no_grad():
@@ -83,10 +84,10 @@ def kill_at(owner, name, when):
 if target == "step":       # in the middle of the second epoch
     kill_at(task.Classification, "loss", 8 + 3)
 elif target == "write":    # the second checkpoint is written but not yet in place
-    task.load_data(CONFIG.data, "cpu")
+    inr_sets.load_data(CONFIG.data, "cpu")
     kill_at(files.os, "replace", 2)
 elif target == "result":   # the weights are stored, the result is not
-    task.load_data(CONFIG.data, "cpu")
+    inr_sets.load_data(CONFIG.data, "cpu")
     kill_at(files.os, "replace", 5)
 task.run(CONFIG)
 """
@@ -103,7 +104,7 @@ def test_a_killed_run_goes_on_to_the_same_numbers(moment, cache, tmp_path, monke
     assert not (stored_run(cache) / "result.json").exists()
     assert (stored_run(cache) / "checkpoint.pt").exists()
     resumed = task.run(CONFIG)
-    task.load_data.cache_clear()
+    inr_sets.load_data.cache_clear()
     monkeypatch.setenv("NGCORE_CACHE", str(tmp_path / "another"))
     assert numbers(resumed) == numbers(task.run(CONFIG))
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -17,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike
 
 from ngcore.study.files import write_atomically
 from ngcore.study.runs import output_directory
@@ -26,7 +28,18 @@ from ngcore.study.tables import method_order
 _METADATA = {"pdf": {"CreationDate": None, "Producer": None, "Creator": None}, "png": {"Software": None}}
 # Position in the colour-blind palette, by method: those that meet in one figure differ.
 _COLOURS = {
-    **{"NG-GNN": 0, "NG-T": 3, "DWSNet": 2, "NFN": 4, "NFN_HNP": 4, "MLP": 7, "SetNN": 1, "StatNN": 9},
+    **{
+        "NG-GNN": 0,
+        "NG-T": 3,
+        "DWSNet": 2,
+        "NFN": 4,
+        "NFN_HNP": 4,
+        "NFN_NP": 8,
+        "DWSNet_mean": 9,
+        "MLP": 7,
+        "SetNN": 1,
+        "StatNN": 9,
+    },
     **{"Adam": 7, "FF": 5, "LSTM": 1},
 }
 _LINES = ("solid", "dashed", "dashdot", "dotted")
@@ -149,6 +162,48 @@ def training_curves(
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_ylabel(ylabel or quantity)
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def curves(table: pd.DataFrame, ax: Axes, quantity: str, *, xlabel: str, ylabel: str) -> None:
+    """The mean of every method against a quantity on a logarithmic axis of base 2, with one standard deviation.
+
+    Args:
+        table: of `summarize`; columns method, `quantity`, mean, std.
+    """
+    for i, method in enumerate(table["method"].unique()):
+        rows = table[table["method"] == method].sort_values(quantity)
+        ax.errorbar(
+            rows[quantity],
+            rows["mean"],
+            rows["std"].fillna(0),
+            color=_colour(method),
+            marker=_MARKERS[i % len(_MARKERS)],
+            capsize=3,
+            label=method,
+        )
+    ax.set_xscale("log", base=2)
+    ticks = sorted(table[quantity].unique())
+    ax.set_xticks(ticks, [str(tick) for tick in ticks])
+    ax.set_xlabel(xlabel)
+    ax.set_ylabel(ylabel)
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def picture_rows(rows: Mapping[str, ArrayLike]) -> Figure:
+    """Rows of pictures with their names at the left, grey values from 0 (black) to 1.
+
+    Args:
+        rows: name -> (pictures, height, width).
+    """
+    count = max(len(pictures) for pictures in rows.values())
+    fig, axes = plt.subplots(len(rows), count, figsize=(1.2 + 0.62 * count, 0.66 * len(rows)), squeeze=False)
+    for (name, pictures), cells in zip(rows.items(), axes, strict=True):
+        for ax in cells:
+            ax.set(xticks=[], yticks=[], frame_on=False)
+        for ax, picture in zip(cells, pictures, strict=False):
+            ax.imshow(picture, cmap="gray", vmin=0, vmax=1)
+        cells[0].set_ylabel(name, rotation=0, ha="right", va="center")
+    return fig
 
 
 def confusion(matrix: np.ndarray, ax: Axes, labels: Sequence[str]) -> None:

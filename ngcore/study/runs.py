@@ -108,15 +108,19 @@ class StoredRun:
         """The state after the last whole epoch, None if there is none.
 
         Raises:
-            RunError: the checkpoint can't be read.
+            RunError: the checkpoint can't be read, or its weights are not finite; the file stays.
         """
         path = self.directory / "checkpoint.pt"
         if not path.exists():
             return None
         try:
-            return torch.load(path, weights_only=True, map_location="cpu")
+            state = torch.load(path, weights_only=True, map_location="cpu")
         except Exception as error:
             raise RunError(f"{path} can't be read ({error}); delete it to start the run again") from error
+        for name, weights in state["model"].items():
+            if not torch.isfinite(weights).all():
+                raise RunError(f"{path}: {name} holds NaN or infinity; delete the file to start the run again")
+        return state
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         with replacing(self.directory / "checkpoint.pt") as partial:

@@ -19,7 +19,7 @@ REPORTED = Path(__file__).resolve().parents[2] / "data" / "reported.yaml"
 
 # In the papers' order, weakest idea first; other methods follow in alphabetical order.
 METHODS = (
-    *("MLP", "SetNN", "StatNN", "Adam", "FF", "LSTM", "DWSNet", "NFN", "NFN_HNP"),
+    *("no edit", "MLP", "SetNN", "StatNN", "Adam", "FF", "LSTM", "DWSNet", "DWSNet_mean", "NFN", "NFN_HNP", "NFN_NP"),
     *("NG-GNN", "NG-GNN_without", "NG-T", "NG-T_without"),
 )
 
@@ -27,6 +27,8 @@ _HEADINGS = {
     "dataset": "Data set",
     "method": "Method",
     "probes": "Probe features",
+    "networks": "Networks",
+    "edit": "Edit",
     "mean": "Ours",
     "seeds": "Seeds",
     "paper_mean": "Paper",

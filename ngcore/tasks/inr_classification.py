@@ -4,23 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from ngcore.data import siren
 from ngcore.data.augment import Augmentation
-from ngcore.data.images import load_images
-from ngcore.data.inrs import INRSet, Recipe, fit_set
-from ngcore.graph import Wiring, mlp
+from ngcore.data.inrs import INRSet
+from ngcore.graph import Wiring
 from ngcore.models import NGGNN, NGT
 from ngcore.models.baselines import MLP, DWSNet, SetNN
-from ngcore.study.runs import Record, StoredRun, cache_directory, tensor_digest
+from ngcore.study.runs import Record, StoredRun, cache_directory
 from ngcore.study.training import Schedule, train
+from ngcore.tasks.inr_sets import WIRING, INRData, evaluation_batches, load_data
 
 CLASSES = 10
 FASHION_LABELS = (
@@ -35,20 +32,6 @@ FASHION_LABELS = (
     "Bag",
     "Boot",
 )
-EVALUATION_BATCH = {"cpu": 64, "cuda": 256}
-WIRING = mlp(siren.SIZES, "sine")
-
-
-@dataclass(frozen=True)
-class INRData:
-    """Which INRs: the first `train + validation` of the train split, the last of them for validation, and `test`."""
-
-    dataset: str
-    train: int
-    validation: int
-    test: int
-    steps: int
-    learning_rate: float
 
 
 @dataclass(frozen=True)
@@ -150,53 +133,6 @@ def build_model(method: str, probes: int = 0, wiring: Wiring = WIRING, **options
     return METHODS[method](wiring, CLASSES, **({"probes": probes} if probes else {}), **options)
 
 
-def fit_inrs(data: INRData, *, workers: int | None = None, compiled: bool = False) -> dict[str, INRSet]:
-    """The train, validation and test INRs; fitted where they are not stored yet.
-
-    Args:
-        workers: processes; None for one per core, or one with a GPU.
-    """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    workers = workers or (1 if device == "cuda" else torch.get_num_threads())
-    sets = {
-        split: fit_set(
-            Recipe(data.dataset, split, data.steps, data.learning_rate),
-            count,
-            cache_directory(),
-            device=device,
-            workers=workers,
-            compiled=compiled,
-        )
-        for split, count in (("train", data.train + data.validation), ("test", data.test))
-    }
-    return {
-        "train": sets["train"][: data.train],
-        "validation": sets["train"][data.train :],
-        "test": sets["test"],
-    }
-
-
-def images_of(data: INRData, split: str) -> Float[Tensor, "n 28 28"]:
-    """The images that a split's INRs were fitted to, 0 to 255."""
-    count = {"train": data.train + data.validation, "test": data.test}[split]
-    return load_images(data.dataset, split, count, cache=cache_directory()).pixels.float()
-
-
-def row_of(record: Record) -> tuple[str, str, int]:
-    """The table row that a run belongs to: data set, method, probe features."""
-    config = record["config"]
-    return config["dataset"], config["method"], config["probes"]
-
-
-@cache
-def load_data(data: INRData, device: str) -> tuple[dict[str, INRSet], str]:
-    """The INRs on a device and the digest of all of them; kept for the process's further runs."""
-    sets = fit_inrs(data, workers=1)
-    tensors = (t for inrs in sets.values() for t in (*inrs.parameters.values(), inrs.labels))
-    digest = tensor_digest(tensors)
-    return {split: inrs.to(device) for split, inrs in sets.items()}, digest
-
-
 class Classification:
     """The problem that the training loop solves (`ngcore.study.training.Problem`)."""
 
@@ -215,11 +151,10 @@ class Classification:
     def logits(self, split: str) -> Tensor:
         """Class scores of every INR of a split, (n, classes), in evaluation batches of one size."""
         inrs = self.sets[split]
-        size = EVALUATION_BATCH[inrs.labels.device.type]
-        scores = []
-        for first in range(0, len(inrs), size):
-            rows = torch.arange(first, first + size, device=inrs.labels.device).clamp(max=len(inrs) - 1)
-            scores.append(self.model(WIRING.graph({name: v[rows] for name, v in inrs.parameters.items()})).float())
+        scores = [
+            self.model(WIRING.graph({name: values[rows] for name, values in inrs.parameters.items()})).float()
+            for rows in evaluation_batches(inrs)
+        ]
         return torch.cat(scores)[: len(inrs)]
 
     def validate(self) -> dict[str, float]:
