@@ -1,7 +1,7 @@
 """NG-GNN written the plain way: one `Data` object per network, torch_geometric message passing.
 
-It states the model independently of `ngcore.models.NGGNN`, which is tested and timed against it. Parameters
-carry the same names, so that either loads the other's `state_dict()`.
+It states the models independently of `ngcore.models.NGGNN` and `EquivariantNGGNN`, which are tested and timed
+against it. Parameters carry the same names, so that either loads the other's `state_dict()`.
 """
 
 from __future__ import annotations
@@ -83,6 +83,13 @@ def fourier(
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
+def encoding(
+    x: Float[Tensor, "*batch features"], frequencies: Float[Tensor, "features frequencies"] | None
+) -> Float[Tensor, "*batch encoding"]:
+    """What the encoders' first Linears read: Fourier features, or the features as they are."""
+    return x if frequencies is None else fourier(x, frequencies)
+
+
 class Probe(nn.Module):
     """Probe features: activations of the input network at learned points, projected to the node width."""
 
@@ -112,22 +119,24 @@ class Probe(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Biases to node states, weights to edge states (paper, section 3)."""
+    """Biases to node states, weights to edge states (paper, section 3); without `sigma` by Linears."""
 
-    def __init__(self, wiring: Wiring, probes: int) -> None:
+    def __init__(self, wiring: Wiring, probes: int, sigma: float | None, positions: bool) -> None:
         super().__init__()
         self.wiring = wiring
+        fourier_features = sigma is not None
         self.register_buffer("node_mean", torch.zeros(len(wiring.groups)))
         self.register_buffer("node_std", torch.ones(len(wiring.groups)))
         self.register_buffer("edge_mean", torch.zeros(len(wiring.blocks)))
         self.register_buffer("edge_std", torch.ones(len(wiring.blocks)))
-        self.register_buffer("node_frequencies", SIGMA * torch.randn(1, NUM_FREQUENCIES))
-        self.register_buffer("edge_frequencies", SIGMA * torch.randn(3, NUM_FREQUENCIES))
-        self.node_fourier = nn.Linear(2 * NUM_FREQUENCIES, WIDTH)
-        self.edge_fourier = nn.Linear(2 * NUM_FREQUENCIES, WIDTH)
+        self.register_buffer("node_frequencies", sigma * torch.randn(1, NUM_FREQUENCIES) if fourier_features else None)
+        self.register_buffer("edge_frequencies", sigma * torch.randn(3, NUM_FREQUENCIES) if fourier_features else None)
+        self.node_fourier = nn.Linear(2 * NUM_FREQUENCIES if fourier_features else 1, WIDTH)
+        self.edge_fourier = nn.Linear(2 * NUM_FREQUENCIES if fourier_features else 3, WIDTH)
         self.node_linear = nn.Linear(WIDTH, WIDTH)
         self.edge_linear = nn.Linear(WIDTH, WIDTH)
-        self.positions = nn.Parameter(torch.randn(int(position_rows(wiring).max()) + 1, WIDTH))
+        if positions:
+            self.positions = nn.Parameter(torch.randn(int(position_rows(wiring).max()) + 1, WIDTH))
         if probes > 0:
             self.probe = Probe(wiring, probes, WIDTH)
 
@@ -136,16 +145,18 @@ class Encoder(nn.Module):
         mean, std = self.node_mean[batch.layer], self.node_std[batch.layer]
         bias = (batch.x - mean.unsqueeze(-1)) / std.unsqueeze(-1)
         bias = torch.where((batch.role == 0).unsqueeze(-1), 0.0, bias)  # input nodes have no bias
-        nodes = self.node_fourier(fourier(bias, self.node_frequencies))
+        nodes = self.node_fourier(encoding(bias, self.node_frequencies))
         if hasattr(self, "probe"):
             weights = [batch[f"weight_{b}"] for b in range(len(self.wiring.blocks))]
             biases = [batch[f"bias_{g}"] for g in range(1, len(self.wiring.groups))]
             nodes = nodes + self.probe(weights, biases).flatten(0, 1)
-        nodes = self.node_linear(nodes) + self.positions[batch.position_row]
+        nodes = self.node_linear(nodes)
+        if hasattr(self, "positions"):
+            nodes = nodes + self.positions[batch.position_row]
 
         mean, std = self.edge_mean[batch.block], self.edge_std[batch.block]
         weight = (batch.edge_attr - mean.unsqueeze(-1)) / std.unsqueeze(-1)
-        edges = self.edge_linear(self.edge_fourier(fourier(weight * batch.direction, self.edge_frequencies)))
+        edges = self.edge_linear(self.edge_fourier(encoding(weight * batch.direction, self.edge_frequencies)))
         return nodes, edges
 
 
@@ -241,7 +252,7 @@ class PlainNGGNN(nn.Module):
     def __init__(self, wiring: Wiring, num_classes: int, *, probes: int = 0, dropout: float = 0.2) -> None:
         super().__init__()
         delta = mean_log_degree(wiring)
-        self.encoder = Encoder(wiring, probes)
+        self.encoder = Encoder(wiring, probes, SIGMA, positions=True)
         self.layers = nn.ModuleList(Layer(delta, dropout, last=k == NUM_LAYERS - 1) for k in range(NUM_LAYERS))
         self.head = nn.Sequential(
             nn.Linear(wiring.groups[-1].size * WIDTH, WIDTH),
@@ -258,3 +269,51 @@ class PlainNGGNN(nn.Module):
             nodes, edges = layer(nodes, batch.edge_index, edges)
         output_nodes = nodes[batch.role == 2]
         return self.head(output_nodes.reshape(batch.num_graphs, -1))
+
+
+class PlainEquivariantNGGNN(nn.Module):
+    """NG-GNN with `outputs` numbers for every parameter of an MLP: every layer updates the edges, and none is pooled.
+
+    Args:
+        sigma: scale of the Fourier frequencies, None for Linears of the features [b] and [e, e^T, e + e^T].
+    """
+
+    def __init__(
+        self,
+        wiring: Wiring,
+        outputs: int = 1,
+        *,
+        probes: int = 0,
+        positions: bool = True,
+        dropout: float = 0.2,
+        sigma: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.wiring = wiring
+        delta = mean_log_degree(wiring)
+        self.encoder = Encoder(wiring, probes, sigma, positions)
+        self.layers = nn.ModuleList(Layer(delta, dropout, last=False) for _ in range(NUM_LAYERS))
+        self.node_head = nn.Linear(WIDTH, outputs)
+        self.edge_head = nn.Linear(WIDTH, outputs)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Numbers for the networks of a batch from `to_batch`, by parameter: (batch, *its shape, outputs)."""
+        nodes, edges = self.encoder(batch)
+        for layer in self.layers:
+            nodes, edges = layer(nodes, batch.edge_index, edges)
+        of_nodes, of_edges = self.node_head(nodes), self.edge_head(edges)
+
+        numbers = {}
+        source, target = batch.edge_index
+        forward = batch.direction[:, 0] == 1
+        first = batch.ptr[batch.batch]  # of every node, the first node of its network
+        for b, block in enumerate(self.wiring.blocks):
+            own = forward & (batch.block == b)
+            network = batch.batch[source[own]]
+            row = target[own] - first[target[own]] - self.wiring.offsets[block.target]
+            column = source[own] - first[source[own]] - self.wiring.offsets[block.source]
+            weight = of_edges.new_zeros(batch.num_graphs, *self.wiring.shapes[block.weight], of_edges.shape[-1])
+            numbers[block.weight] = weight.index_put((network, row, column), of_edges[own])
+            biases = of_nodes[batch.layer == block.target]
+            numbers[self.wiring.groups[block.target].bias] = biases.unflatten(0, (batch.num_graphs, -1))
+        return numbers

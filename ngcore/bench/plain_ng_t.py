@@ -1,7 +1,7 @@
 """NG-T written the plain way: dense n x n edge states, queries, keys and values materialized for all pairs.
 
-It states the model independently of `ngcore.models.NGT`, which is tested and timed against it. Parameters
-carry the same names, so that either loads the other's `state_dict()`.
+It states the models independently of `ngcore.models.NGT` and `EquivariantNGT`, which are tested and timed against
+it. Parameters carry the same names, so that either loads the other's `state_dict()`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ngcore.bench.plain_ng_gnn import NUM_FREQUENCIES, Probe, fourier, position_rows
+from ngcore.bench.plain_ng_gnn import NUM_FREQUENCIES, Probe, encoding, position_rows
 from ngcore.graph import NeuralGraph, Wiring
 
 NODE_WIDTH = 64
@@ -37,24 +37,26 @@ def _rows(wiring: Wiring, group: int) -> slice:
 
 
 class Encoder(nn.Module):
-    """Biases to node states, weights to the states of all pairs (paper, section 3)."""
+    """Biases to node states, weights to the states of all pairs (paper, section 3); without `sigma` by Linears."""
 
-    def __init__(self, wiring: Wiring, probes: int) -> None:
+    def __init__(self, wiring: Wiring, probes: int, sigma: float | None, positions: bool) -> None:
         super().__init__()
         self.wiring = wiring
+        fourier_features = sigma is not None
         self.register_buffer("adjacency", adjacency(wiring), persistent=False)
         self.register_buffer("position_rows", position_rows(wiring), persistent=False)
         self.register_buffer("node_mean", torch.zeros(len(wiring.groups)))
         self.register_buffer("node_std", torch.ones(len(wiring.groups)))
         self.register_buffer("edge_mean", torch.zeros(len(wiring.blocks)))
         self.register_buffer("edge_std", torch.ones(len(wiring.blocks)))
-        self.register_buffer("node_frequencies", SIGMA * torch.randn(1, NUM_FREQUENCIES))
-        self.register_buffer("edge_frequencies", SIGMA * torch.randn(1, NUM_FREQUENCIES))
-        self.node_fourier = nn.Linear(2 * NUM_FREQUENCIES, NODE_WIDTH)
-        self.edge_fourier = nn.Linear(2 * NUM_FREQUENCIES, EDGE_WIDTH)
+        self.register_buffer("node_frequencies", sigma * torch.randn(1, NUM_FREQUENCIES) if fourier_features else None)
+        self.register_buffer("edge_frequencies", sigma * torch.randn(1, NUM_FREQUENCIES) if fourier_features else None)
+        self.node_fourier = nn.Linear(2 * NUM_FREQUENCIES if fourier_features else 1, NODE_WIDTH)
+        self.edge_fourier = nn.Linear(2 * NUM_FREQUENCIES if fourier_features else 1, EDGE_WIDTH)
         self.node_linear = nn.Linear(NODE_WIDTH, NODE_WIDTH)
         self.edge_linear = nn.Linear(EDGE_WIDTH, EDGE_WIDTH)
-        self.positions = nn.Parameter(torch.randn(int(self.position_rows.max()) + 1, NODE_WIDTH))
+        if positions:
+            self.positions = nn.Parameter(torch.randn(int(self.position_rows.max()) + 1, NODE_WIDTH))
         if probes > 0:
             self.probe = Probe(wiring, probes, NODE_WIDTH)
 
@@ -62,17 +64,18 @@ class Encoder(nn.Module):
         self, graph: NeuralGraph
     ) -> tuple[Float[Tensor, "batch n node_width"], Float[Tensor, "batch n n edge_width"]]:
         """Shapes: edge states (batch, target, source, edge width)."""
-        nodes = self.node_fourier(fourier(self.standardized_biases(graph), self.node_frequencies))
+        nodes = self.node_fourier(encoding(self.standardized_biases(graph), self.node_frequencies))
         if hasattr(self, "probe"):
             weights = [edges.squeeze(-1) for edges in graph.edges]
             biases = [group.squeeze(-1) for group in graph.nodes[1:]]
             nodes = nodes + self.probe(weights, biases)
-        nodes = self.node_linear(nodes) + self.positions[self.position_rows]
+        nodes = self.node_linear(nodes)
+        if hasattr(self, "positions"):
+            nodes = nodes + self.positions[self.position_rows]
 
-        encoding = fourier(self.standardized_weights(graph), self.edge_frequencies)
         # a weight of zero is still an edge: what is none is known from the wiring alone
-        encoding = encoding * self.adjacency.unsqueeze(-1)
-        return nodes, self.edge_linear(self.edge_fourier(encoding))
+        encoded = encoding(self.standardized_weights(graph), self.edge_frequencies) * self.adjacency.unsqueeze(-1)
+        return nodes, self.edge_linear(self.edge_fourier(encoded))
 
     def standardized_biases(self, graph: NeuralGraph) -> Float[Tensor, "batch n 1"]:
         """Biases of all nodes; 0 at the input nodes, which have none."""
@@ -160,7 +163,7 @@ class PlainNGT(nn.Module):
     def __init__(self, wiring: Wiring, num_classes: int, *, probes: int = 0, dropout: float = 0.2) -> None:
         super().__init__()
         self.num_outputs = wiring.groups[-1].size
-        self.encoder = Encoder(wiring, probes)
+        self.encoder = Encoder(wiring, probes, SIGMA, positions=True)
         self.layers = nn.ModuleList(Layer(dropout, last=k == NUM_LAYERS - 1) for k in range(NUM_LAYERS))
         self.head = nn.Sequential(
             nn.Linear(self.num_outputs * NODE_WIDTH, 2 * NODE_WIDTH),
@@ -174,3 +177,40 @@ class PlainNGT(nn.Module):
         for layer in self.layers:
             nodes, edges = layer(nodes, edges)
         return self.head(nodes[:, -self.num_outputs :].flatten(1))
+
+
+class PlainEquivariantNGT(nn.Module):
+    """NG-T with `outputs` numbers for every parameter of an MLP: every layer updates all pairs, and none is pooled.
+
+    Args:
+        sigma: scale of the Fourier frequencies, None for Linears of biases and weights.
+    """
+
+    def __init__(
+        self,
+        wiring: Wiring,
+        outputs: int = 1,
+        *,
+        probes: int = 0,
+        positions: bool = True,
+        dropout: float = 0.3,
+        sigma: float | None = 3.0,
+    ) -> None:
+        super().__init__()
+        self.wiring = wiring
+        self.encoder = Encoder(wiring, probes, sigma, positions)
+        self.layers = nn.ModuleList(Layer(dropout, last=False) for _ in range(NUM_LAYERS))
+        self.node_head = nn.Linear(NODE_WIDTH, outputs)
+        self.edge_head = nn.Linear(EDGE_WIDTH, outputs)
+
+    def forward(self, graph: NeuralGraph) -> dict[str, Tensor]:
+        """Numbers for a batch of networks, by parameter: (batch, *its shape, outputs)."""
+        nodes, edges = self.encoder(graph)
+        for layer in self.layers:
+            nodes, edges = layer(nodes, edges)
+        numbers = {}
+        for block in self.wiring.blocks:
+            target, source = _rows(self.wiring, block.target), _rows(self.wiring, block.source)
+            numbers[block.weight] = self.edge_head(edges[:, target, source])
+            numbers[self.wiring.groups[block.target].bias] = self.node_head(nodes[:, target])
+        return numbers
