@@ -9,7 +9,7 @@ from properties import permute, random_permutations
 from ngcore.graph import NeuralGraph, Wiring, mlp
 from ngcore.models.baselines import MLP, DWSNet, SetNN
 
-INR = mlp([2, 32, 32, 1], "sine")
+INR = mlp([2, 32, 32, 1], "siren")
 SMALL = mlp([2, 5, 4, 3])
 TINY = {
     MLP: {"width": 16, "depth": 2},

@@ -119,5 +119,5 @@ def test_dropout_of_features_is_of_training_alone():
 
 
 def test_the_parameter_count_is_the_one_stated():
-    model = EquivariantDWSNet(mlp([2, 32, 32, 1], "sine"))
+    model = EquivariantDWSNet(mlp([2, 32, 32, 1], "siren"))
     assert f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters" in EquivariantDWSNet.__doc__

@@ -60,11 +60,11 @@ def test_data_agrees_with_equation_1():
     assert data.role.tolist() == [0, 0, 1, 1, 1, 2]
 
 
-@pytest.mark.parametrize("activation", ["relu", "sine", "tanh", "sigmoid", "identity"])
+@pytest.mark.parametrize("activation", ["relu", "siren", "tanh", "sigmoid", "identity"])
 def test_activations_agree_with_a_loop_over_neurons(activation, random_graph):
     functions = {
         "relu": lambda x: max(x, 0.0),
-        "sine": lambda x: torch.sin(torch.tensor(30.0 * x, dtype=torch.float64)).item(),
+        "siren": lambda x: torch.sin(torch.tensor(30.0 * x, dtype=torch.float64)).item(),
         "tanh": lambda x: torch.tanh(torch.tensor(x, dtype=torch.float64)).item(),
         "sigmoid": lambda x: torch.sigmoid(torch.tensor(x, dtype=torch.float64)).item(),
         "identity": lambda x: x,

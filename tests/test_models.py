@@ -13,7 +13,7 @@ from ngcore.graph.simulate import activations
 from ngcore.models import NGGNN, NGT
 from ngcore.models.encoder import ProbeFeatures, Standardize
 
-INR = mlp([2, 32, 32, 1], "sine")
+INR = mlp([2, 32, 32, 1], "siren")
 MODELS = [NGGNN, NGT]
 PLAIN = {NGGNN: (PlainNGGNN, to_batch), NGT: (PlainNGT, lambda graph: graph)}
 
@@ -49,7 +49,7 @@ def test_parameter_counts(model, probes, count):
 @settings(max_examples=8, deadline=None)
 @given(st.lists(st.integers(2, 6), min_size=3, max_size=5), st.sampled_from([0, 3]))
 def test_invariant_to_neuron_permutations_and_to_the_batch(model, training, sizes, probes):
-    wiring = mlp(sizes, "sine")
+    wiring = mlp(sizes, "siren")
     graph = random_batch(wiring, 3)
     metanetwork = model(wiring, 7, probes=probes, dropout=0.0).double().train(training)
     metanetwork.fit_normalization(graph)
@@ -77,7 +77,7 @@ def test_positions_tell_input_neurons_apart(model, random_graph):
 @settings(max_examples=5, deadline=None)
 @given(st.lists(st.integers(1, 5), min_size=3, max_size=4))
 def test_agrees_with_the_plain_form_in_float64(model, probes, sizes):
-    wiring = mlp(sizes, "sine")
+    wiring = mlp(sizes, "siren")
     graph = random_batch(wiring, 3)
     fast, plain = pair(model, wiring, graph, torch.float64, probes=probes)
     ours, theirs = fast(graph), plain(PLAIN[model][1](graph))
@@ -108,7 +108,7 @@ def test_agrees_with_the_plain_form_in_float32_at_full_size(model):
 @pytest.mark.parametrize("model", MODELS)
 def test_gradients_of_parts_add_up(model, random_graph):
     """Nothing mixes networks, so a batch may be worked on in parts."""
-    wiring = mlp([2, 4, 3, 1], "sine")
+    wiring = mlp([2, 4, 3, 1], "siren")
     graph = random_graph(wiring, 6)
     metanetwork = model(wiring, 3, dropout=0.0).double()
     metanetwork(graph).square().sum().backward()
@@ -122,14 +122,14 @@ def test_gradients_of_parts_add_up(model, random_graph):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_forward_leaves_its_input_alone(model, random_graph):
-    graph = random_graph(mlp([2, 3, 1], "sine"))
+    graph = random_graph(mlp([2, 3, 1], "siren"))
     before = {name: value.clone() for name, value in graph.state_dict().items()}
     model(graph.wiring, 3, probes=2).double()(graph)
     assert all(torch.equal(before[name], value) for name, value in graph.state_dict().items())
 
 
 def test_probe_features_against_a_loop(random_graph):
-    wiring = mlp([2, 3, 2, 1], "sine")
+    wiring = mlp([2, 3, 2, 1], "siren")
     graph = random_graph(wiring)
     probe = ProbeFeatures(wiring, 5, 8).double()
     found = probe(graph)

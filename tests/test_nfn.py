@@ -14,7 +14,7 @@ from ngcore.graph import NeuralGraph, Wiring, mlp
 from ngcore.models.baselines import NFN, EquivariantDWSNet, EquivariantNFN
 from ngcore.models.baselines.weight_space import EquivariantLayer, WeightSpace
 
-INR = mlp([2, 32, 32, 1], "sine")
+INR = mlp([2, 32, 32, 1], "siren")
 SMALL = {"channels": (3, 4), "dropout": 0.0}
 GROUPS = ("HNP", "NP")
 each_group = pytest.mark.parametrize("group", GROUPS)

@@ -14,8 +14,8 @@ from ngcore.bench.plain_ng_t import PlainNGT
 from ngcore.graph import NeuralGraph, Wiring, mlp
 
 MODELS = [PlainNGGNN, PlainNGT]
-INR = mlp([2, 32, 32, 1], "sine")
-SMALL = mlp([2, 5, 3, 2], "sine")
+INR = mlp([2, 32, 32, 1], "siren")
+SMALL = mlp([2, 5, 3, 2], "siren")
 
 
 def random_graph(wiring: Wiring, count: int, seed: int = 0) -> NeuralGraph:

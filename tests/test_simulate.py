@@ -241,19 +241,36 @@ def test_the_numbers_come_from_edges_and_nodes():
 
 
 @settings(max_examples=6, deadline=None, phases=NO_SHRINKING)
-@given(st.lists(st.integers(1, 6), min_size=2, max_size=5), st.sampled_from(["relu", "tanh", "sigmoid", "sine"]), seeds)
+@given(
+    st.lists(st.integers(1, 6), min_size=2, max_size=5), st.sampled_from(["relu", "tanh", "sigmoid", "siren"]), seeds
+)
 def test_message_passing_runs_an_mlp(sizes, activation, seed):
     """Appendix B, against a chain of matrix products."""
     torch.manual_seed(seed)
     state = {name: doubles(*shape) for name, shape in mlp(sizes).shapes.items()}
     x = points = doubles(4, sizes[0])
-    function = {"relu": torch.relu, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "sine": lambda x: torch.sin(30 * x)}
+    function = {"relu": torch.relu, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "siren": lambda x: torch.sin(30 * x)}
     for i in range(len(sizes) - 1):
         x = x @ state[f"layers.{i}.weight"].T + state[f"layers.{i}.bias"]
         x = function[activation](x) if i < len(sizes) - 2 else x
     graph = mlp(sizes, activation).graph(state)
     torch.testing.assert_close(ForwardPass(activation)(graph.to_data(), points), x, rtol=0, atol=1e-9)
     torch.testing.assert_close(simulate(graph, points), x, rtol=0, atol=1e-9)
+
+
+def test_activations_of_a_traced_network_are_refused():
+    """Its sine units, by their name sin(x), have a factor that the name does not tell."""
+    network = nn.Sequential(nn.Linear(2, 3), Siren(), nn.Linear(3, 1)).double()
+    points = doubles(4, 2)
+    graph = trace(network, points).graph(network.state_dict())
+    torch.testing.assert_close(simulate(graph, points), network(points), rtol=0, atol=1e-9)
+    with pytest.raises(ValueError, match="need a wiring made by `mlp`"):
+        activations(graph, points)
+
+
+class Siren(nn.Module):
+    def forward(self, x):
+        return torch.sin(30 * x)
 
 
 def test_activations_take_batches(random_graph):

@@ -26,7 +26,7 @@ SIGMA = 3.0
 ACTIVATIONS = {
     "identity": lambda x: x,
     "relu": torch.relu,
-    "sine": lambda x: torch.sin(30 * x),
+    "siren": lambda x: torch.sin(30 * x),
     "tanh": torch.tanh,
 }
 

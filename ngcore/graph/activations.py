@@ -20,7 +20,7 @@ class Activation(NamedTuple):
 ACTIVATIONS = {
     "identity": Activation(function=lambda x: x),
     "relu": Activation(("relu", "relu_"), torch.relu),
-    "sine": Activation(("sin",), lambda x: torch.sin(30.0 * x)),  # a SIREN's unit (Sitzmann et al. 2020), ω₀ = 30
+    "sine": Activation(("sin",), torch.sin),
     "tanh": Activation(("tanh",), torch.tanh),
     "sigmoid": Activation(("sigmoid",), torch.sigmoid),
     "gelu": Activation(("gelu",)),
@@ -38,6 +38,7 @@ ACTIVATIONS = {
     "log_sigmoid": Activation(("log_sigmoid",)),
     "erf": Activation(("erf",)),
     "softsign": Activation(("softsign",)),
+    "siren": Activation(function=lambda x: torch.sin(30.0 * x)),  # Sitzmann et al. 2020, ω₀ = 30
 }
 NAMES = (*ACTIVATIONS, "other")
 OF_OPERATOR = {operator: name for name, activation in ACTIVATIONS.items() for operator in activation.operators}

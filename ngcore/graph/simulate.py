@@ -24,7 +24,15 @@ def activations(graph: NeuralGraph, points: Float[Tensor, "points inputs"]) -> l
 
     Shapes:
         result[g]: (*batch, size of group g, points); the input group shows the points themselves.
+
+    Raises:
+        ValueError: a traced wiring, which may do more between its neurons than their activations' names tell.
     """
+    if graph.wiring.steps:
+        raise ValueError(
+            "activations by name need a wiring made by `mlp`: a traced network may do more between its neurons, such as "
+            "sin(30 x), whose factor no name tells; `simulate` runs it"
+        )
     groups, first = graph.wiring.groups, graph.edges[0]
     batch = first.shape[:-3]
     sums: list[Tensor | None] = [None] * len(groups)

@@ -17,7 +17,7 @@ from ngcore.graph import mlp
 from ngcore.study.runs import Record, cache_directory, tensor_digest
 
 EVALUATION_BATCH = {"cpu": 64, "cuda": 256}
-WIRING = mlp(siren.SIZES, "sine")
+WIRING = mlp(siren.SIZES, "siren")
 
 
 @dataclass(frozen=True)
