@@ -186,6 +186,19 @@ def test_command_prints_a_table_and_writes_json(monkeypatch, tmp_path, capsys):
     assert [set(result) for result in results] == [{"name", "unit", "ours", "reference", "ratio", "memory_mb"}] * 2
 
 
+@pytest.mark.parametrize("row", command.BENCHMARKS["models_editing"], ids=lambda row: row.name)
+def test_editing_rows_train(row, monkeypatch):
+    """On a few networks, and here without compiled parts: type checks are on."""
+    monkeypatch.setattr(command, "BATCH", 4)
+    monkeypatch.setattr(command, "REFERENCE_BATCH", 2)
+    monkeypatch.setattr(command, "compiled", lambda model: model)
+    counts = {row.ours: 4, row.reference: 2}
+    for factory in filter(None, counts):
+        workload = factory()
+        workload.run()
+        assert workload.items == counts[factory]
+
+
 def test_run_as_a_script_workers_find_their_workloads(monkeypatch, capsys):
     name = "ngcore.bench.__main__"
     factories = [f for rows in command.BENCHMARKS.values() for row in rows for f in (row.ours, row.reference) if f]

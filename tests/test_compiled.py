@@ -8,23 +8,23 @@ import pytest
 MODEL = """
 import torch
 from ngcore.graph import mlp
-from ngcore.models import NGGNN, NGT
+from ngcore.models import NGGNN, NGT, Editor, EquivariantNGGNN, edited_parameters
 
 torch.manual_seed(0)
-wiring = mlp([2, 4, 1], "sine")
-metanetwork = {model}(wiring, 3, dropout=0.2)  # compiled or not, the same random numbers are drawn
+wiring = mlp([2, 4, 1], "siren")
+metanetwork = {model}  # compiled or not, the same random numbers are drawn
 graph = wiring.graph({{name: 0.3 * torch.randn(4, *shape) for name, shape in wiring.shapes.items()}})
 
-def scores_and_gradients():
+def numbers_and_gradients():
     torch.manual_seed(1)
     metanetwork.zero_grad()
-    scores = metanetwork(graph)
-    scores.square().sum().backward()
-    return scores.detach(), torch.cat([p.grad.flatten() for p in metanetwork.parameters()])
+    found = {found}
+    found.square().sum().backward()
+    return found.detach(), torch.cat([p.grad.flatten() for p in metanetwork.parameters()])
 
-eager = scores_and_gradients()
+eager = numbers_and_gradients()
 metanetwork.compile_parts()
-for plain, compiled in zip(eager, scores_and_gradients(), strict=True):
+for plain, compiled in zip(eager, numbers_and_gradients(), strict=True):
     assert (compiled - plain).norm() < 1e-5 * plain.norm(), (compiled, plain)
 """
 
@@ -43,7 +43,16 @@ for name, values in fits[0].parameters.items():
 """
 
 
-@pytest.mark.parametrize("script", [FIT, MODEL.format(model="NGGNN"), MODEL.format(model="NGT")])
+PARAMETERS = "torch.cat([values.flatten() for values in edited_parameters(metanetwork(graph)).values()])"
+SCRIPTS = {
+    "fit": FIT,
+    "NG-GNN": MODEL.format(model="NGGNN(wiring, 3, dropout=0.2)", found="metanetwork(graph)"),
+    "NG-T": MODEL.format(model="NGT(wiring, 3, dropout=0.2)", found="metanetwork(graph)"),
+    "editor": MODEL.format(model="Editor(EquivariantNGGNN(wiring, dropout=0.2))", found=PARAMETERS),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
 def test_compiled_agrees_with_eager(script):
     check = "from ngcore.study.training import can_compile\nif not can_compile(): raise SystemExit(3)\n"
     found = subprocess.run([sys.executable, "-W", "ignore", "-c", check + script], capture_output=True, text=True)

@@ -1,6 +1,10 @@
 """`python -m ngcore.bench NAME [--json FILE]`: ours against a plain reference, in items per second.
 
-`graph` also says how many seconds it takes to trace a network; its workloads are in `ngcore.bench.graph`.
+- `inr_fit`: fitting INRs;
+- `models`, `models_bfloat16`: training steps of the models that classify INRs;
+- `models_editing`: of those that edit INRs, with rendering what they make;
+- `graph`: tracing (which also says how many seconds a network takes) and laying weights into the wiring; its workloads
+  are in `ngcore.bench.graph`.
 
 Workloads import what they run only when they are built, in processes of their own: the one that starts them
 stays small, because a process's peak memory counts from its parent's.
@@ -41,6 +45,9 @@ REFERENCE_BATCH = 32  # the plain graph models handle more networks per second a
 # networks per pass of our graph models, whose gradients add up: it keeps the work in the cache
 NG_GNN_MICRO_BATCH = 16
 NG_T_MICRO_BATCH = 4
+NG_GNN_EDITING_MICRO_BATCH = 8
+NG_T_EDITING_MICRO_BATCH = 4
+EDITING_REPETITIONS = 3  # of the graph models: compiling takes most of the row's time
 NUM_FITS = 16
 FIT_STEPS = 200
 SINGLE_FIT_STEPS = 500
@@ -50,22 +57,45 @@ FIT_LEARNING_RATE = 1e-3
 def our_ng_gnn(precision: Precision) -> Workload:
     from ngcore.models import NGGNN
 
-    wiring = inr_wiring()
-    return our_training(compiled(NGGNN(wiring, NUM_CLASSES)), wiring, precision, NG_GNN_MICRO_BATCH)
+    return our_classification(compiled(NGGNN(inr_wiring(), NUM_CLASSES)), precision, NG_GNN_MICRO_BATCH)
 
 
 def our_ng_t(precision: Precision) -> Workload:
     from ngcore.models import NGT
 
-    wiring = inr_wiring()
-    return our_training(compiled(NGT(wiring, NUM_CLASSES)), wiring, precision, NG_T_MICRO_BATCH)
+    return our_classification(compiled(NGT(inr_wiring(), NUM_CLASSES)), precision, NG_T_MICRO_BATCH)
 
 
 def our_dwsnet() -> Workload:
     from ngcore.models.baselines import DWSNet
 
-    wiring = inr_wiring()
-    return our_training(DWSNet(wiring, NUM_CLASSES), wiring, "float32", BATCH)
+    return our_classification(DWSNet(inr_wiring(), NUM_CLASSES), "float32", BATCH)
+
+
+def our_editing_ng_gnn() -> Workload:
+    from ngcore.models import Editor, EquivariantNGGNN
+
+    return our_editing(compiled(Editor(EquivariantNGGNN(inr_wiring()))), NG_GNN_EDITING_MICRO_BATCH)
+
+
+def our_editing_ng_t() -> Workload:
+    from ngcore.models import Editor, EquivariantNGT
+
+    return our_editing(compiled(Editor(EquivariantNGT(inr_wiring()))), NG_T_EDITING_MICRO_BATCH)
+
+
+def our_editing_dwsnet() -> Workload:
+    from ngcore.models import Editor
+    from ngcore.models.baselines import EquivariantDWSNet
+
+    return our_editing(Editor(EquivariantDWSNet(inr_wiring())), BATCH)
+
+
+def our_editing_nfn() -> Workload:
+    from ngcore.models import Editor
+    from ngcore.models.baselines import EquivariantNFN
+
+    return our_editing(Editor(EquivariantNFN(inr_wiring())), BATCH)
 
 
 def compiled(model: nn.Module) -> nn.Module:
@@ -73,22 +103,45 @@ def compiled(model: nn.Module) -> nn.Module:
     return model
 
 
-def our_training(model: nn.Module, wiring: Wiring, precision: Precision, micro_batch: int) -> Workload:
-    """One training step of one of our models on a fixed batch: forward, backward and update, as the study trains."""
+def our_classification(model: nn.Module, precision: Precision, micro_batch: int) -> Workload:
     import torch
     import torch.nn.functional as F
 
-    graph, labels = random_networks(wiring, BATCH)
+    def loss(graph: NeuralGraph, labels: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+            return F.cross_entropy(model(graph), labels)
+
+    return our_training(model, loss, random_labels(BATCH), micro_batch)
+
+
+def our_editing(editor: nn.Module, micro_batch: int) -> Workload:
+    import torch.nn.functional as F
+
+    from ngcore.data.siren import render
+    from ngcore.models import edited_parameters
+
+    def loss(graph: NeuralGraph, images: Tensor) -> Tensor:
+        return F.mse_loss(render(edited_parameters(editor(graph))).mean(0), images)
+
+    return our_training(editor, loss, random_images(BATCH), micro_batch)
+
+
+def our_training(
+    model: nn.Module, loss: Callable[[NeuralGraph, Tensor], Tensor], targets: Tensor, micro_batch: int
+) -> Workload:
+    """One training step of one of our models on a fixed batch: forward, backward and update, as the study trains.
+
+    `loss` is the mean over the networks of a part of the batch.
+    """
+    graph = random_networks(BATCH)
     cuts = [slice(i, i + micro_batch) for i in range(0, BATCH, micro_batch)]
-    parts = [(graph[cut], labels[cut]) for cut in cuts]
+    parts = [(graph[cut], targets[cut]) for cut in cuts]
     optimizer = adamw(model)
 
     def step() -> None:
         optimizer.zero_grad()
         for part, own in parts:
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-                loss = F.cross_entropy(model(part), own, reduction="sum") / BATCH
-            loss.backward()
+            (loss(part, own) * (len(own) / BATCH)).backward()
         optimizer.step()
 
     return Workload(step, BATCH)
@@ -100,60 +153,104 @@ def plain_ng_gnn() -> Workload:
 
     from ngcore.bench.plain_ng_gnn import PlainNGGNN, to_data_list
 
-    wiring = inr_wiring()
-    graph, labels = random_networks(wiring, REFERENCE_BATCH)
-    networks = to_data_list(graph)
-    return plain_training(PlainNGGNN(wiring, NUM_CLASSES), lambda: Batch.from_data_list(networks), labels)
+    networks = to_data_list(random_networks(REFERENCE_BATCH))
+    model = PlainNGGNN(inr_wiring(), NUM_CLASSES)
+    return plain_classification(model, lambda: Batch.from_data_list(networks), REFERENCE_BATCH)
 
 
 def plain_ng_t() -> Workload:
     from ngcore.bench.plain_ng_t import PlainNGT
 
-    wiring = inr_wiring()
-    graph, labels = random_networks(wiring, REFERENCE_BATCH)
-    return plain_training(PlainNGT(wiring, NUM_CLASSES), lambda: graph, labels)
+    graph = random_networks(REFERENCE_BATCH)
+    return plain_classification(PlainNGT(inr_wiring(), NUM_CLASSES), lambda: graph, REFERENCE_BATCH)
 
 
 def plain_dwsnet() -> Workload:
     from ngcore.bench.plain_dws import PlainDWSNet
 
-    wiring = inr_wiring()
-    graph, labels = random_networks(wiring, BATCH)
-    return plain_training(PlainDWSNet(wiring, NUM_CLASSES), lambda: graph, labels)
+    graph = random_networks(BATCH)
+    return plain_classification(PlainDWSNet(inr_wiring(), NUM_CLASSES), lambda: graph, BATCH)
 
 
-def plain_training(model: nn.Module, next_batch: Callable[[], object], labels: Tensor) -> Workload:
-    """One training step of a plain model in float32: batch, forward, backward and update."""
+def plain_editing_ng_gnn() -> Workload:
+    from torch_geometric.data import Batch
+
+    from ngcore.bench.plain_ng_gnn import PlainEquivariantNGGNN, to_data_list
+
+    graph = random_networks(REFERENCE_BATCH)
+    networks = to_data_list(graph)
+    return plain_editing(PlainEquivariantNGGNN(inr_wiring()), lambda: Batch.from_data_list(networks), graph)
+
+
+def plain_editing_ng_t() -> Workload:
+    from ngcore.bench.plain_ng_t import PlainEquivariantNGT
+
+    graph = random_networks(REFERENCE_BATCH)
+    return plain_editing(PlainEquivariantNGT(inr_wiring()), lambda: graph, graph)
+
+
+def plain_classification(model: nn.Module, next_batch: Callable[[], object], count: int) -> Workload:
     import torch.nn.functional as F
 
+    labels = random_labels(count)
+    return plain_training(model, lambda: F.cross_entropy(model(next_batch()), labels), count)
+
+
+def plain_editing(metanetwork: nn.Module, next_batch: Callable[[], object], graph: NeuralGraph) -> Workload:
+    """Every network's parameters are a state dict of their own, as INRs are stored."""
+    import torch.nn.functional as F
+
+    from ngcore.bench.plain_editing import PlainEditor
+
+    editor, count = PlainEditor(metanetwork), graph.num_networks
+    images, networks = random_images(count), [graph[n].state_dict() for n in range(count)]
+    return plain_training(editor, lambda: F.mse_loss(editor(next_batch(), networks).mean(0), images), count)
+
+
+def plain_training(model: nn.Module, loss: Callable[[], Tensor], count: int) -> Workload:
+    """One training step of a plain model on `count` networks in float32: batch, forward, backward and update."""
     optimizer = adamw(model)
 
     def step() -> None:
         optimizer.zero_grad()
-        F.cross_entropy(model(next_batch()), labels).backward()
+        loss().backward()
         optimizer.step()
 
-    return Workload(step, len(labels))
+    return Workload(step, count)
 
 
 def inr_wiring() -> Wiring:
-    """The input networks of all models: the INRs of the paper's tables 3 and 4."""
+    """The input networks of all models: the INRs of the paper's tables 3 to 5."""
     from ngcore.graph import mlp
 
-    return mlp([2, 32, 32, 1], "sine")
+    return mlp([2, 32, 32, 1], "siren")
 
 
-def random_networks(wiring: Wiring, count: int) -> tuple[NeuralGraph, Tensor]:
-    """A batch of random networks with random labels; the time of a step does not depend on their values."""
+def random_networks(count: int) -> NeuralGraph:
+    """A batch of random networks; the time of a step does not depend on their values."""
     import torch
 
-    generator = torch.Generator().manual_seed(0)
-    state_dict = {name: 0.1 * torch.randn(count, *shape, generator=generator) for name, shape in wiring.shapes.items()}
-    return wiring.graph(state_dict), torch.randint(NUM_CLASSES, (count,), generator=generator)
+    wiring, generator = inr_wiring(), torch.Generator().manual_seed(0)
+    return wiring.graph(
+        {name: 0.1 * torch.randn(count, *shape, generator=generator) for name, shape in wiring.shapes.items()}
+    )
+
+
+def random_labels(count: int) -> Tensor:
+    import torch
+
+    return torch.randint(NUM_CLASSES, (count,), generator=torch.Generator().manual_seed(1))
+
+
+def random_images(count: int) -> Tensor:
+    """Images of noise for editors to make, (count, 28, 28)."""
+    import torch
+
+    return torch.rand(count, 28, 28, generator=torch.Generator().manual_seed(1))
 
 
 def adamw(model: nn.Module) -> Optimizer:
-    """The paper's optimizer for INR classification."""
+    """The paper's optimizer for INR classification and editing."""
     import torch
 
     return torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=5e-4, amsgrad=True)
@@ -196,6 +293,11 @@ def graph_model_row(
     return Benchmark(name, "networks/s", partial(ours, precision), reference)
 
 
+def editing_row(model: str, ours: Callable[[], Workload], reference: Callable[[], Workload]) -> Benchmark:
+    name = f"{model} editing float32 (reference batch {REFERENCE_BATCH})"
+    return Benchmark(name, "networks/s", ours, reference, repetitions=EDITING_REPETITIONS)
+
+
 BENCHMARKS: dict[str, list[Benchmark]] = {
     "inr_fit": [Benchmark("INR fitting", "INR-steps/s", our_inr_fit, plain_inr_fit)],
     "models": [
@@ -206,6 +308,12 @@ BENCHMARKS: dict[str, list[Benchmark]] = {
     "models_bfloat16": [  # for CPUs that compute in it: elsewhere it is several times slower than float32
         graph_model_row("NG-GNN", "bfloat16", our_ng_gnn, plain_ng_gnn),
         graph_model_row("NG-T", "bfloat16", our_ng_t, plain_ng_t),
+    ],
+    "models_editing": [
+        editing_row("NG-GNN", our_editing_ng_gnn, plain_editing_ng_gnn),
+        editing_row("NG-T", our_editing_ng_t, plain_editing_ng_t),
+        Benchmark("DWSNet editing float32", "networks/s", our_editing_dwsnet, None),
+        Benchmark("NFN_HNP editing float32", "networks/s", our_editing_nfn, None),
     ],
     "graph": GRAPH_ROWS,
 }
