@@ -30,8 +30,8 @@ def activations(graph: NeuralGraph, points: Float[Tensor, "points inputs"]) -> l
     """
     if graph.wiring.steps:
         raise ValueError(
-            "activations by name need a wiring made by `mlp`: a traced network may do more between its neurons, such as "
-            "sin(30 x), whose factor no name tells; `simulate` runs it"
+            "activations by name need a wiring made by `mlp`: a traced network may do more between its neurons, "
+            "such as sin(30 x), whose factor no name tells; `simulate` runs it"
         )
     groups, first = graph.wiring.groups, graph.edges[0]
     batch = first.shape[:-3]
