@@ -167,6 +167,12 @@ def test_unknown_edits_and_methods_are_named():
         task.build_editor("DWSNet", probes=4)
 
 
+def test_a_variant_changes_one_row():
+    assert task.variant([CONFIG], "DWSNet", 0, networks=4) == replace(CONFIG, networks=4)
+    with pytest.raises(ValueError, match="no run of NG-T with 4 probe features"):
+        task.variant([CONFIG], "NG-T", 4, networks=4)
+
+
 def test_more_inrs_than_images_are_refused():
     with pytest.raises(ValueError, match="mnist"):
         task.run(replace(CONFIG, data=replace(DATA, train=80_000)))

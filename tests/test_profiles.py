@@ -54,6 +54,7 @@ def test_unknown_profile_lists_those_that_exist(profiles):
         ('"01":', '"01" must map parameters'),
         ('"01": {epochs: [}', "not valid YAML"),
         ('"01": {seeds: {0: 2}}', r"seeds: put keys in quotes .*\[0\]"),
+        ('"01": {seeds: {"mnist": {64: 2}}}', r"seeds: put keys in quotes .*\[64\]"),
     ],
 )
 def test_bad_files_are_named(profiles, text, message):

@@ -60,12 +60,17 @@ def load_profile(name: str, directory: Path) -> dict[str, dict[str, Any]]:
         if not isinstance(parameters, dict):
             raise ProfileError(f'{path}: "{number}" must map parameters to values, but holds {parameters!r}')
         for parameter, value in parameters.items():
-            if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
+            bare = [key for key in _keys(value) if not isinstance(key, str)]
+            if bare:
                 raise ProfileError(
-                    f'{path}: "{number}", {parameter}: put keys in quotes (papermill makes strings of them), '
-                    f"but they are {list(value)}"
+                    f'{path}: "{number}", {parameter}: put keys in quotes (papermill makes strings of them): {bare}'
                 )
     return {number: {**content.get(number, {}), "profile": name} for number in notebooks}
+
+
+def _keys(value: Any) -> list[Any]:
+    """The keys of a mapping and of the mappings in it."""
+    return [k for key, inner in value.items() for k in (key, *_keys(inner))] if isinstance(value, dict) else []
 
 
 def declared_parameters(notebook: Path) -> set[str]:

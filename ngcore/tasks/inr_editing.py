@@ -104,11 +104,16 @@ def table_configs(
     ]
 
 
-def variants(configs: Collection[Config], rows: Collection[tuple[str, int]], **changes: Any) -> list[Config]:
-    """The first seed's runs of some rows (method, probes), with fields changed."""
-    return [
-        replace(config, **changes) for config in configs if (config.method, config.probes) in rows and config.seed == 0
-    ]
+def variant(configs: Sequence[Config], method: str, probes: int, **changes: Any) -> Config:
+    """The first seed's run of a row, with fields changed.
+
+    Raises:
+        ValueError: there is no such row.
+    """
+    for config in configs:
+        if (config.method, config.probes, config.seed) == (method, probes, 0):
+            return replace(config, **changes)
+    raise ValueError(f"no run of {method} with {probes} probe features to vary")
 
 
 def build_editor(method: str, probes: int = 0, networks: int = 1, wiring: Wiring = WIRING, **options: Any) -> Editor:
