@@ -1,4 +1,4 @@
-"""Dropout from 16 random bits a value: on many CPUs a Bernoulli draw costs seven times as much."""
+"""Dropout from 16 random bits a value: on a CPU a Bernoulli draw per value costs several times as much."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What NG-GNN's nodes gather from a block of messages: their sum, sum of squares, minimum and maximum.
 
 The backward pass is by hand. Left to autograd and a compiler's fusion, every message would recompute the factors that
-all messages of a node share (divisions, roots, counts of ties): on a CPU that is four times the work.
+all messages of a node share (divisions, roots, counts of ties), which costs more than the messages themselves.
 """
 
 from __future__ import annotations

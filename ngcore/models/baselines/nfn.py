@@ -9,9 +9,8 @@ NFN_HNP keeps input and output neurons apart by coefficients of their own; NFN_N
 tells them apart by encodings. Of a convolution the neurons are channels, and a kernel's positions are channels of
 the metanetwork.
 
-As in the public configurations there is no normalization between the layers: what enters is standardized, per weight
-matrix and per bias vector, and three layers do not let it vanish. Only the head has batch norm, as all baselines'
-heads here do.
+There is no normalization between the layers: what enters is standardized, per weight matrix and per bias vector, and
+three layers do not let it vanish. Only the head has batch norm, as all baselines' heads here do.
 """
 
 from __future__ import annotations
@@ -35,9 +34,8 @@ CHANNELS = (48, 48, 48)
 class IOEncoding(nn.Module):
     """Learned vectors that tell the neurons of the input apart, and those of the output.
 
-    Without them a network that commutes with NP cannot know which input or which class a weight belongs to. Public
-    encodings are sinusoidal or learned; ours are learned, one vector per neuron and tensor, because classes
-    and coordinates have no distance that a sinusoid should carry over.
+    Without them a network that commutes with NP cannot know which input or which class a weight belongs to. One vector
+    per neuron and tensor, learned rather than sinusoidal: classes and coordinates have no order to carry over.
 
     Shapes: features and output: per support (batch, *sizes of the support, width * multiplicity).
     """
@@ -61,7 +59,7 @@ class NFStack(ParameterReader):
     Args:
         group: "HNP" permutes hidden neurons, "NP" those of every layer.
         channels: per scalar of the input network, after each hidden layer.
-        frequencies: of Gaussian Fourier features of every scalar, as in public code for INRs; 0 reads the scalars.
+        frequencies: of Gaussian Fourier features of every scalar; 0 reads the scalars themselves.
         sigma: standard deviation of the frequencies.
         io_encoding: with NP, tell input neurons apart, and output neurons, after the first layer.
         dropout: of the features after every ReLU.
@@ -103,9 +101,7 @@ class NFN(NFStack):
     """Invariant NFN (Zhou et al., 2023a): NF-Layers, the mean of every tensor over its permuted neurons, an MLP.
 
     The defaults make a model of the other baselines' size: 505,866 parameters for ten classes of 2-32-32-1 INRs with
-    HNP, 433,098 with NP. The public configurations are channels (16, 16, 5) and two head layers of 1,000 for the Small
-    CNN Zoo, which makes 2,590,819 parameters with HNP, 1,941,641 with NP, and channels (512, 512, 512), 256 frequencies
-    for INRs.
+    HNP, 433,098 with NP.
 
     Args:
         dropout: in the head.
@@ -142,8 +138,7 @@ class EquivariantNFN(NFStack):
     Its outputs are raw numbers, of standard deviation 0.1 at first, to be scaled and added to the parameters.
 
     The defaults make a model of the other methods' size: 353,815 parameters for one output on 2-32-32-1 INRs with HNP,
-    292,710 with NP. The public configuration for editing INRs has channels (128, 128, 128), 128 frequencies and, with
-    NP, sinusoidal encodings.
+    292,710 with NP.
 
     Args:
         outputs: numbers per scalar of the input network.
