@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from ngcore.data.augment import Augmentation
 from ngcore.data.inrs import INRSet
-from ngcore.graph import Wiring
 from ngcore.models import NGGNN, NGT
 from ngcore.models.baselines import MLP, DWSNet, SetNN
 from ngcore.study.runs import Record, StoredRun, cache_directory
 from ngcore.study.training import Schedule, train
-from ngcore.tasks.inr_sets import WIRING, INRData, evaluation_batches, load_data
+from ngcore.tasks.inr_sets import WIRING, INRData, build, evaluation_batches, load_data
 
 CLASSES = 10
 FASHION_LABELS = (
@@ -120,17 +119,9 @@ def smooth_configs(configs: Collection[Config], rows: Collection[tuple[str, int]
     ]
 
 
-def build_model(method: str, probes: int = 0, wiring: Wiring = WIRING, **options: Any) -> nn.Module:
-    """A metanetwork by the name of its method.
-
-    Raises:
-        ValueError: an unknown method, or probe features for one that has none.
-    """
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
-    if probes and not method.startswith("NG-"):
-        raise ValueError(f"{method} takes no probe features, but probes = {probes}")
-    return METHODS[method](wiring, CLASSES, **({"probes": probes} if probes else {}), **options)
+def build_model(method: str, probes: int = 0, **options: Any) -> nn.Module:
+    """A metanetwork by the name of its method; raises as `inr_sets.build`."""
+    return build(METHODS, method, probes, WIRING, CLASSES, **options)
 
 
 class Classification:

@@ -16,12 +16,11 @@ from ngcore.data.edits import EDITS
 from ngcore.data.images import load_images
 from ngcore.data.inrs import INRSet
 from ngcore.data.siren import render
-from ngcore.graph import Wiring
 from ngcore.models import Editor, EquivariantNGGNN, EquivariantNGT, edited_parameters
 from ngcore.models.baselines import EquivariantDWSNet, EquivariantNFN
 from ngcore.study.runs import Record, StoredRun, cache_directory
 from ngcore.study.training import Schedule, train
-from ngcore.tasks.inr_sets import WIRING, INRData, evaluation_batches, images_of, load_data
+from ngcore.tasks.inr_sets import WIRING, INRData, build, evaluation_batches, images_of, load_data
 
 
 @dataclass(frozen=True)
@@ -116,17 +115,9 @@ def variant(configs: Sequence[Config], method: str, probes: int, **changes: Any)
     raise ValueError(f"no run of {method} with {probes} probe features to vary")
 
 
-def build_editor(method: str, probes: int = 0, networks: int = 1, wiring: Wiring = WIRING, **options: Any) -> Editor:
-    """An editor by the name of its method.
-
-    Raises:
-        ValueError: an unknown method, or probe features for one that has none.
-    """
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
-    if probes and not method.startswith("NG-"):
-        raise ValueError(f"{method} takes no probe features, but probes = {probes}")
-    return Editor(METHODS[method](wiring, networks, **({"probes": probes} if probes else {}), **options))
+def build_editor(method: str, probes: int = 0, networks: int = 1, **options: Any) -> Editor:
+    """An editor by the name of its method; raises as `inr_sets.build`."""
+    return Editor(build(METHODS, method, probes, WIRING, networks, **options))
 
 
 def rendered(model: Editor, parameters: Mapping[str, Tensor]) -> Float[Tensor, "n side side"]:

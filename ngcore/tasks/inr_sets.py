@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from ngcore.data import siren
 from ngcore.data.images import load_images
@@ -74,6 +75,21 @@ def load_data(data: INRData, device: str) -> tuple[dict[str, INRSet], str]:
     tensors = (t for inrs in sets.values() for t in (*inrs.parameters.values(), inrs.labels))
     digest = tensor_digest(tensors)
     return {split: inrs.to(device) for split, inrs in sets.items()}, digest
+
+
+def build(
+    methods: Mapping[str, Callable[..., nn.Module]], method: str, probes: int, *sizes: Any, **options: Any
+) -> Any:
+    """A model by the name of its method, from its sizes and options.
+
+    Raises:
+        ValueError: an unknown method, or probe features for one that has none.
+    """
+    if method not in methods:
+        raise ValueError(f"unknown method {method!r}; there are {', '.join(methods)}")
+    if probes and not method.startswith("NG-"):
+        raise ValueError(f"{method} takes no probe features, but probes = {probes}")
+    return methods[method](*sizes, **({"probes": probes} if probes else {}), **options)
 
 
 def evaluation_batches(inrs: INRSet) -> Iterator[Int[Tensor, " batch"]]:
