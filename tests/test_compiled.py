@@ -8,7 +8,7 @@ import pytest
 MODEL = """
 import torch
 from ngcore.graph import mlp
-from ngcore.models import NGGNN, NGT, Editor, EquivariantNGGNN, edited_parameters
+from ngcore.models import NGGNN, NGT, Editor, EquivariantNGGNN
 
 torch.manual_seed(0)
 wiring = mlp([2, 4, 1], "siren")
@@ -43,7 +43,7 @@ for name, values in fits[0].parameters.items():
 """
 
 
-PARAMETERS = "torch.cat([values.flatten() for values in edited_parameters(metanetwork(graph)).values()])"
+PARAMETERS = "torch.cat([values.flatten() for values in metanetwork(graph).state_dict().values()])"
 SCRIPTS = {
     "fit": FIT,
     "NG-GNN": MODEL.format(model="NGGNN(wiring, 3, dropout=0.2)", found="metanetwork(graph)"),

@@ -6,14 +6,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from ngcore.bench.plain_editing import PlainEditor
 from ngcore.bench.plain_ng_gnn import PlainEquivariantNGGNN, to_batch
 from ngcore.bench.plain_ng_t import PlainEquivariantNGT
 from ngcore.data.siren import render
-from ngcore.graph import NeuralGraph, mlp
-from ngcore.models import Editor, EquivariantNGGNN, EquivariantNGT, edited_parameters
+from ngcore.graph import NeuralGraph, mlp, trace
+from ngcore.models import Editor, EquivariantNGGNN, EquivariantNGT
 from ngcore.models.baselines import EquivariantDWSNet, EquivariantNFN
+from ngcore.models.editing import outputs_first
 
 INR = mlp([2, 32, 32, 1], "siren")
 SMALL = mlp([2, 5, 4, 1], "siren")  # drawn as an INR is
@@ -28,6 +30,7 @@ METHODS = {
     "NG-T": partial(EquivariantNGT, dropout=0.0),
     "NG-T, probes": partial(EquivariantNGT, dropout=0.0, probes=3),
     "DWSNet": EquivariantDWSNet,
+    "DWSNet, mean": partial(EquivariantDWSNet, reduction="mean"),
     "NFN, HNP": EquivariantNFN,
     "NFN, NP": partial(EquivariantNFN, group="NP"),
 }
@@ -47,7 +50,7 @@ def permuted(graph):
 
 def numbers(model, graph):
     """What a model says of every parameter, (outputs, batch, *its shape)."""
-    return edited_parameters(model(graph))
+    return outputs_first(model(graph), graph).state_dict()
 
 
 def editor_of(method, wiring, outputs, graph):
@@ -168,10 +171,10 @@ def test_an_edited_image_does_not_depend_on_the_neurons_order(method):
     torch.manual_seed(0)
     graph = random_batch(SMALL)
     editor = editor_of(method, SMALL, 2, graph)
-    images = render(edited_parameters(editor(graph)))
+    images = render(editor(graph).state_dict())
     assert images.shape == (2, 3, 28, 28)
     twins, _ = permuted(graph)
-    torch.testing.assert_close(render(edited_parameters(editor(twins))), images, rtol=0, atol=1e-9)
+    torch.testing.assert_close(render(editor(twins).state_dict()), images, rtol=0, atol=1e-9)
     assert (images - render(graph.state_dict())).abs().amax((2, 3)).min() > 1e-3  # each was edited
     assert (images[0] - images[1]).abs().max() > 1e-3  # by each output in its own way
 
@@ -189,24 +192,11 @@ def test_a_network_does_not_depend_on_its_batch(method):
 
 
 @methods
-def test_without_scale_nothing_changes(method):
-    torch.manual_seed(0)
-    graph = random_batch(INR, dtype=torch.float32)
-    editor = Editor(method(INR))
-    for scale in (editor.node_scale, editor.edge_scale):
-        torch.nn.init.zeros_(scale)
-    state, edited = graph.state_dict(), edited_parameters(editor(graph))
-    assert list(edited) == list(state)
-    assert all(torch.equal(edited[name][0], values) for name, values in state.items())
-    assert torch.equal(render(edited)[0], render(state))
-
-
-@methods
 def test_changes_are_scaled_by_layer_and_kind(method):
     torch.manual_seed(0)
     graph = random_batch(SMALL)
     editor = editor_of(method, SMALL, 2, graph)
-    said, edited = numbers(editor.metanetwork, graph), edited_parameters(editor(graph))
+    said, edited = numbers(editor.metanetwork, graph), editor(graph).state_dict()
     for i in range(3):
         for kind, scale in (("weight", editor.edge_scale[i]), ("bias", editor.node_scale[i + 1])):
             name = f"layers.{i}.{kind}"
@@ -234,7 +224,7 @@ def test_every_parameter_gets_a_gradient(method):
     torch.manual_seed(0)
     graph = random_batch(SMALL)
     editor = with_networks_apart(editor_of(method, SMALL, 2, graph))
-    render(edited_parameters(editor(graph))).square().mean().backward()
+    render(editor(graph).state_dict()).square().mean().backward()
     for name, parameter in editor.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().max() > 1e-6, name
@@ -242,6 +232,35 @@ def test_every_parameter_gets_a_gradient(method):
             assert parameter.grad.any(1).all(), name
     assert editor.edge_scale.grad.all()
     assert editor.node_scale.grad.nonzero().flatten().tolist() == [1, 2, 3]  # the input has no biases to scale
+
+
+def test_kernels_are_edited_by_position():
+    """Of a convolution an edge holds several numbers, and the metanetwork says k of each."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 2, (1, 3))).double()
+    wiring = trace(network, torch.zeros(1, 2, 7, 7, dtype=torch.float64))
+    state = {name: torch.randn(4, *shape, dtype=torch.float64) for name, shape in wiring.shapes.items()}
+    graph = wiring.graph(state)
+    editor = editor_of(EquivariantNFN, wiring, 2, graph)
+    edited = editor(graph).state_dict()
+    said = editor.metanetwork(graph).edges[1]
+    for k in range(2):
+        change = said[..., k::2].unflatten(-1, (1, 3))  # the two numbers of a position stand side by side
+        torch.testing.assert_close(edited["2.weight"][k], state["2.weight"] + editor.edge_scale[1] * change)
+    permutations = wiring.symmetry.random()
+    twins = editor(wiring.graph(wiring.symmetry.permute(state, permutations))).state_dict()
+    for name, values in wiring.symmetry.permute(edited, permutations).items():
+        torch.testing.assert_close(twins[name], values, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_graphs_of_another_wiring_are_refused(model):
+    graph = random_batch(SMALL, dtype=torch.float32)
+    for other in (mlp([2, 5, 3, 1], "siren"), mlp([2, 5, 4, 1], "tanh")):
+        metanetwork = model(other)
+        for read in (metanetwork, metanetwork.fit_normalization):
+            with pytest.raises(ValueError, match=r"was built for .*, the graph is of .*\[2, 5, 4, 1\] neurons \(siren"):
+                read(graph)
 
 
 @methods
@@ -261,7 +280,7 @@ def test_editor_agrees_with_one_network_at_a_time(model):
     plain = PlainEditor(PLAIN[model][0](SMALL, 2, dropout=0.0, probes=3)).double()
     plain.load_state_dict({plain_name(name): value for name, value in fast.state_dict().items()})
     networks = [graph[n].state_dict() for n in range(3)]
-    images, expected = render(edited_parameters(fast(graph))), plain(PLAIN[model][1](graph), networks)
+    images, expected = render(fast(graph).state_dict()), plain(PLAIN[model][1](graph), networks)
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-9)
     images.square().sum().backward()
     expected.square().sum().backward()

@@ -9,7 +9,7 @@ import torch
 
 from ngcore.data import siren
 from ngcore.data.edits import ANGLE, dilate, erode, rotate
-from ngcore.study.runs import RunError, StoredRun
+from ngcore.study.runs import RunError, StoredRun, tensor_digest
 from ngcore.study.training import DivergedError, Schedule
 from ngcore.tasks import inr_editing as task
 from ngcore.tasks.inr_sets import WIRING, INRData, load_data
@@ -26,7 +26,10 @@ def cache(tmp_path, monkeypatch):
 
 
 def stored(config):
-    return StoredRun.of(config, load_data(config.data, "cpu")[1], task.cache_directory())
+    """Where a run without transfer is stored."""
+    targets = task.targets_of(config.data, config.edit, "cpu")
+    digest = f"{load_data(config.data, 'cpu')[1]}+{tensor_digest(targets.values())}"
+    return StoredRun.of(config, digest, task.cache_directory())
 
 
 # Edits
@@ -46,6 +49,14 @@ def test_rotation_is_scipys_inside_the_image():
     for image, edited in zip(images, rotate(images), strict=True):
         expected = scipy.ndimage.rotate(image.numpy(), ANGLE, reshape=False, order=1)
         np.testing.assert_allclose(edited.numpy(), expected, atol=1e-5)
+
+
+def test_rotation_is_counter_clockwise():
+    """A spot at the right of the centre moves up."""
+    image = torch.zeros(1, 15, 15)
+    image[0, 7, 12] = 1
+    rows = torch.arange(15.0).unsqueeze(1)
+    assert (rotate(image)[0] * rows).sum() / rotate(image).sum() < 6.5
 
 
 # The identity check
@@ -85,7 +96,7 @@ def test_the_unedited_error_is_that_of_an_editor_without_scales():
 def test_several_networks_are_drawn_as_their_mean():
     state = siren.unflatten(siren.initialize(range(3)))
     editor = task.build_editor("NG-GNN", networks=2).eval()
-    edited = task.edited_parameters(editor(WIRING.graph(state)))
+    edited = editor(WIRING.graph(state)).state_dict()
     pictures = [siren.render({name: values[k] for name, values in edited.items()}) for k in range(2)]
     assert (pictures[0] - pictures[1]).abs().max() > 0
     torch.testing.assert_close(task.rendered(editor, state), (pictures[0] + pictures[1]) / 2)
@@ -94,7 +105,6 @@ def test_several_networks_are_drawn_as_their_mean():
 def test_examples_survive_as_text():
     images = torch.rand(4, 28, 28)
     torch.testing.assert_close(task.decode(task.encode(images)), images, rtol=0, atol=0.5 / 255 + 1e-6)
-    assert len(task.example_targets(DATA, "dilation")) == len(load_data(DATA, "cpu")[0]["test"].labels.unique())
 
 
 # Runs
@@ -155,6 +165,53 @@ def test_a_checkpoint_with_nan_is_refused_and_stays():
     assert path.exists()
 
 
+def test_a_last_step_that_spoils_the_weights_is_seen():
+    """Its loss was finite, and it is the only one."""
+    schedule = replace(CONFIG.schedule, epochs=1, batch=DATA.train, warmup=0, learning_rate=1e38)
+    config = replace(CONFIG, schedule=schedule)
+    with pytest.raises(DivergedError, match=r"diverged in epoch 0 \(not finite: (?!train_loss)"):
+        task.run(config)
+    assert not stored(config).directory.exists()
+
+
+def test_table_configs_are_the_rows_of_the_table():
+    configs = task.table_configs(
+        DATA,
+        CLOTHES,
+        CONFIG.schedule,
+        seeds={0: 2, 4: 1, 16: 1, 64: 1},
+        micro_batch={"NG-T": 4},
+        compiled=["NG-GNN"],
+        dropout={"NG-T": 0.1},
+    )
+    assert len(configs) == 12 + 6  # a second seed for the rows without probe features
+    by_row = {(config.method, config.probes, config.seed): config for config in configs}
+    assert {row[:2] for row in by_row} == set(task.ROWS)
+    assert by_row["NG-T", 64, 0].options == (("dropout", 0.1),)
+    assert by_row["NG-T", 64, 0].schedule == replace(CONFIG.schedule, micro_batch=4)
+    assert by_row["NG-GNN", 0, 1].schedule.compiled
+    assert by_row["NFN_NP", 0, 1].options == ()
+    assert {config.transfer for config in configs} == {CLOTHES}
+
+
+def test_pictures_of_runs_show_the_same_examples():
+    first = task.run(CONFIG)
+    second = task.run(replace(CONFIG, method="NFN_NP"))
+    pictures = task.example_pictures([first, second])
+    assert list(pictures) == ["INR", "target", "DWSNet", "NFN_NP"]
+    labels = load_data(DATA, "cpu")[0]["test"].labels
+    expected = task.targets_of(DATA, "dilation", "cpu")["test"][task.example_rows(labels)]
+    torch.testing.assert_close(pictures["target"], expected, rtol=0, atol=0.5 / 255 + 1e-6)
+    assert {picture.shape for picture in pictures.values()} == {expected.shape}
+
+
+def test_rendering_keeps_its_digits_under_autocast():
+    state = siren.unflatten(siren.initialize(range(3)))
+    expected = siren.render(state)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(siren.render(state), expected, rtol=0, atol=0)
+
+
 # What can't be built
 
 
@@ -174,5 +231,5 @@ def test_a_variant_changes_one_row():
 
 
 def test_more_inrs_than_images_are_refused():
-    with pytest.raises(ValueError, match="mnist"):
+    with pytest.raises(ValueError, match=r"80,?008"):
         task.run(replace(CONFIG, data=replace(DATA, train=80_000)))

@@ -118,10 +118,9 @@ def our_editing(editor: nn.Module, micro_batch: int) -> Workload:
     import torch.nn.functional as F
 
     from ngcore.data.siren import render
-    from ngcore.models import edited_parameters
 
     def loss(graph: NeuralGraph, images: Tensor) -> Tensor:
-        return F.mse_loss(render(edited_parameters(editor(graph))).mean(0), images)
+        return F.mse_loss(render(editor(graph).state_dict()).mean(0), images)
 
     return our_training(editor, loss, random_images(BATCH), micro_batch)
 
@@ -129,7 +128,7 @@ def our_editing(editor: nn.Module, micro_batch: int) -> Workload:
 def our_training(
     model: nn.Module, loss: Callable[[NeuralGraph, Tensor], Tensor], targets: Tensor, micro_batch: int
 ) -> Workload:
-    """One training step of one of our models on a fixed batch: forward, backward and update, as the study trains.
+    """One training step of one of our models on a fixed batch: forward, backward and update.
 
     `loss` is the mean over the networks of a part of the batch.
     """

@@ -68,10 +68,11 @@ def pixel_coordinates(side: int = 28) -> Float[Tensor, "2 pixels"]:
 def render(parameters: dict[str, Tensor], side: int = 28) -> Float[Tensor, "*n side side"]:
     """Grey values of every network's image, unclipped; parameters may have any axes before their own."""
     x = pixel_coordinates(side).to(parameters["layers.0.weight"])
-    for i in range(2):
-        weight, bias = parameters[f"layers.{i}.weight"], parameters[f"layers.{i}.bias"]
-        x = torch.sin(FREQUENCY * (weight @ x + bias.unsqueeze(-1)))
-    x = parameters["layers.2.weight"] @ x + parameters["layers.2.bias"].unsqueeze(-1) + OUTPUT_OFFSET
+    with torch.autocast(x.device.type, enabled=False):  # a sine's phase needs all of its digits
+        for i in range(2):
+            weight, bias = parameters[f"layers.{i}.weight"], parameters[f"layers.{i}.bias"]
+            x = torch.sin(FREQUENCY * (weight @ x + bias.unsqueeze(-1)))
+        x = parameters["layers.2.weight"] @ x + parameters["layers.2.bias"].unsqueeze(-1) + OUTPUT_OFFSET
     return x.unflatten(-1, (side, side)).squeeze(-3)
 
 

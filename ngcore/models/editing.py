@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -23,10 +24,26 @@ class Equivariant(Protocol):
     def __call__(self, graph: NeuralGraph) -> NeuralGraph: ...
 
 
+def outputs_first(numbers: NeuralGraph, graph: NeuralGraph) -> NeuralGraph:
+    """Numbers for every parameter of a graph, k for each, as k graphs along a new first axis.
+
+    Shapes:
+        numbers: (batch, ..., features * k), the k of a feature side by side
+        graph: (batch, ..., features)
+        result: (k, batch, ..., features)
+    """
+
+    def split(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(x.unflatten(-1, (y.shape[-1], -1)).movedim(-1, 0) for x, y in zip(tensors, like, strict=True))
+
+    return NeuralGraph(numbers.wiring, split(numbers.nodes, graph.nodes), split(numbers.edges, graph.edges))
+
+
 class Editor(nn.Module):
     """New parameter = old parameter + scale × what the metanetwork says, with a learned scale per layer and kind.
 
-    A metanetwork with k numbers per parameter makes k networks of one (`edited_parameters` tells them apart).
+    A metanetwork with k numbers per parameter makes k networks of each. Neurons without a bias get none (their
+    group's scale is unused).
     """
 
     def __init__(self, metanetwork: Equivariant) -> None:
@@ -46,20 +63,15 @@ class Editor(nn.Module):
             self.metanetwork.compile_parts()
 
     def forward(self, graph: NeuralGraph) -> NeuralGraph:
-        """The edited networks, the k-th in the k-th feature of nodes and edges; neurons without bias stay so."""
-        changes = self.metanetwork(graph)
-        nodes = (
-            old + (0 if group.bias is None else scale * change)
+        """The edited networks, behind a first axis of k: `.state_dict()` holds parameters (k, batch, *own shape)."""
+        changes = outputs_first(self.metanetwork(graph), graph)
+        nodes = tuple(
+            old + (torch.zeros_like(change) if group.bias is None else scale * change)
             for group, old, change, scale in zip(
                 graph.wiring.groups, graph.nodes, changes.nodes, self.node_scale, strict=True
             )
         )
-        edges = (
+        edges = tuple(
             old + scale * change for old, change, scale in zip(graph.edges, changes.edges, self.edge_scale, strict=True)
         )
-        return NeuralGraph(graph.wiring, tuple(nodes), tuple(edges))
-
-
-def edited_parameters(graph: NeuralGraph) -> dict[str, Tensor]:
-    """Parameters of the networks in the features of nodes and edges, each (k, batch, *its own shape)."""
-    return graph.map(lambda values: values.movedim(-1, 0).unsqueeze(-1)).state_dict()
+        return NeuralGraph(graph.wiring, nodes, edges, graph.others)

@@ -36,6 +36,7 @@ class Standardize(nn.Module):
 
     def __init__(self, wiring: Wiring) -> None:
         super().__init__()
+        self.wiring = wiring
         for kind, count in (("node", len(wiring.groups)), ("edge", len(wiring.blocks))):
             self.register_buffer(f"{kind}_mean", torch.zeros(count))
             self.register_buffer(f"{kind}_std", torch.ones(count))
@@ -44,8 +45,9 @@ class Standardize(nn.Module):
         """Take the statistics of a training set.
 
         Raises:
-            ValueError: a parameter holds NaN or infinity; the error names it.
+            ValueError: a parameter holds NaN or infinity, the error names it; the graph is of another wiring.
         """
+        self._check_wiring(graph)
         for name, values in graph.state_dict().items():
             if not torch.isfinite(values).all():
                 network = int(torch.nonzero(~torch.isfinite(values))[0, 0])
@@ -57,9 +59,27 @@ class Standardize(nn.Module):
                 self.node_mean[g], self.node_std[g] = nodes.mean(), spread(nodes)
 
     def forward(self, graph: NeuralGraph) -> NeuralGraph:
+        """The standardized graph.
+
+        Raises:
+            ValueError: it is of another wiring.
+        """
+        self._check_wiring(graph)
         nodes = ((x - mean) / std for x, mean, std in zip(graph.nodes, self.node_mean, self.node_std, strict=True))
         edges = ((x - mean) / std for x, mean, std in zip(graph.edges, self.edge_mean, self.edge_std, strict=True))
         return NeuralGraph(graph.wiring, tuple(nodes), tuple(edges))
+
+    def _check_wiring(self, graph: NeuralGraph) -> None:
+        if graph.wiring is not self.wiring and graph.wiring != self.wiring:
+            raise ValueError(
+                f"this model was built for {describe(self.wiring)}, the graph is of {describe(graph.wiring)}: "
+                "build the model with the graph's own wiring"
+            )
+
+
+def describe(wiring: Wiring) -> str:
+    """What tells a wiring from others at a glance."""
+    return f"layers of {[group.size for group in wiring.groups]} neurons ({wiring.groups[1].activation})"
 
 
 def spread(values: Tensor) -> Tensor:

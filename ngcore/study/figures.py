@@ -193,14 +193,14 @@ def picture_rows(rows: Mapping[str, ArrayLike]) -> Figure:
     """Rows of pictures with their names at the left, grey values from 0 (black) to 1.
 
     Args:
-        rows: name -> (pictures, height, width).
+        rows: name -> (pictures, height, width), as many in every row.
     """
-    count = max(len(pictures) for pictures in rows.values())
+    count = len(next(iter(rows.values())))
     fig, axes = plt.subplots(len(rows), count, figsize=(1.2 + 0.62 * count, 0.66 * len(rows)), squeeze=False)
     for (name, pictures), cells in zip(rows.items(), axes, strict=True):
         for ax in cells:
             ax.set(xticks=[], yticks=[], frame_on=False)
-        for ax, picture in zip(cells, pictures, strict=False):
+        for ax, picture in zip(cells, pictures, strict=True):
             ax.imshow(picture, cmap="gray", vmin=0, vmax=1)
         cells[0].set_ylabel(name, rotation=0, ha="right", va="center")
     return fig

@@ -117,7 +117,7 @@ class StoredRun:
             state = torch.load(path, weights_only=True, map_location="cpu")
         except Exception as error:
             raise RunError(f"{path} can't be read ({error}); delete it to start the run again") from error
-        for name, weights in state["model"].items():
+        for name, weights in [*state["model"].items(), *state["best"].items()]:
             if not torch.isfinite(weights).all():
                 raise RunError(f"{path}: {name} holds NaN or infinity; delete the file to start the run again")
         return state
@@ -181,14 +181,26 @@ def _subject(record: Record) -> tuple[str, str]:
     return record["config"]["task"], record["config"]["dataset"]
 
 
-def published(directory: Path, task: str) -> list[Record]:
-    """Every record of a task that `publish` left in a directory.
+def published(directory: Path, task: str, dataset: str | None = None) -> list[Record]:
+    """Every record of a task, or of a task on one data set, that `publish` left in a directory.
 
     Raises:
         RunError: there is none, or one is damaged.
     """
-    records = [read_record(path) for path in sorted(directory.glob("*.json"))]
-    found = [record for record in records if record["config"]["task"] == task]
+    found = [
+        record
+        for record in read_records(directory)
+        if record["config"]["task"] == task and dataset in (None, record["config"]["dataset"])
+    ]
     if not found:
         raise RunError(f"{directory} holds no stored runs of {task}: run the notebook with train = True first")
     return found
+
+
+def read_records(directory: Path) -> list[Record]:
+    """Every record of a directory.
+
+    Raises:
+        RunError: one is damaged.
+    """
+    return [read_record(path) for path in sorted(directory.glob("*.json"))]

@@ -88,7 +88,7 @@ def train(
     Every epoch seeds the generators anew from (seed, epoch), so that one that was interrupted is repeated exactly.
 
     Raises:
-        DivergedError: names the run, the epoch and the step; the last checkpoint stays.
+        DivergedError: names the run and the epoch; the last checkpoint stays.
     """
     if min(schedule.epochs, problem.train_size // schedule.batch) < 1:
         raise ValueError(
@@ -112,6 +112,7 @@ def train(
         loss = _epoch(problem, schedule, optimizer, seed, epoch, stored)
         with _evaluation(schedule, model):
             scores = {"train_loss": loss, **problem.validate()}
+        _check_finite(stored, epoch, scores, model)
         for name, value in scores.items():
             state["history"].setdefault(name, []).append(value)
         if scores["val_score"] > state["best_score"]:
@@ -196,9 +197,15 @@ def _epoch(
             total += loss.detach()
         nn.utils.clip_grad_norm_(problem.model.parameters(), schedule.clip)
         optimizer.step()
-    mean = (total / batches).item()
-    if not math.isfinite(mean):
+    return (total / batches).item()
+
+
+def _check_finite(stored: StoredRun, epoch: int, scores: dict[str, float], model: nn.Module) -> None:
+    """Raise a DivergedError for numbers that are not finite: a last step may spoil the weights and no loss so far."""
+    bad = [name for name, value in scores.items() if not math.isfinite(value)]
+    bad += [name for name, weights in model.state_dict().items() if not torch.isfinite(weights).all()]
+    if bad:
         raise DivergedError(
-            f"run {stored.directory.name} diverged in epoch {epoch} (mean loss {mean}); config {dict(stored.config)}"
+            f"run {stored.directory.name} diverged in epoch {epoch} (not finite: {', '.join(bad)}); "
+            f"config {dict(stored.config)}"
         )
-    return mean

@@ -13,12 +13,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ngcore.data.edits import EDITS
-from ngcore.data.images import load_images
 from ngcore.data.inrs import INRSet
 from ngcore.data.siren import render
-from ngcore.models import Editor, EquivariantNGGNN, EquivariantNGT, edited_parameters
+from ngcore.models import Editor, EquivariantNGGNN, EquivariantNGT
 from ngcore.models.baselines import EquivariantDWSNet, EquivariantNFN
-from ngcore.study.runs import Record, StoredRun, cache_directory
+from ngcore.study.runs import Record, StoredRun, cache_directory, tensor_digest
 from ngcore.study.training import Schedule, train
 from ngcore.tasks.inr_sets import WIRING, INRData, build, evaluation_batches, images_of, load_data
 
@@ -122,7 +121,7 @@ def build_editor(method: str, probes: int = 0, networks: int = 1, **options: Any
 
 def rendered(model: Editor, parameters: Mapping[str, Tensor]) -> Float[Tensor, "n side side"]:
     """What edited INRs draw: the mean over the networks that the editor makes of each."""
-    edited = edited_parameters(model(WIRING.graph(parameters)))
+    edited = model(WIRING.graph(parameters)).state_dict()
     return render({name: values.float() for name, values in edited.items()}).mean(0)
 
 
@@ -174,7 +173,11 @@ class Editing:
             }
         rows = example_rows(inrs.labels)
         parameters = {name: values[rows] for name, values in inrs.parameters.items()}
-        pictures = {"unedited": render(parameters), "edited": rendered(self.model, parameters)}
+        pictures = {
+            "unedited": render(parameters),
+            "target": targets[rows],
+            "edited": rendered(self.model, parameters),
+        }
         return found | {f"examples_{name}": encode(drawn) for name, drawn in pictures.items()}
 
 
@@ -184,14 +187,8 @@ def unedited_mse(inrs: INRSet, targets: Tensor) -> float:
 
 
 def example_rows(labels: Int[Tensor, " n"]) -> Int[Tensor, " k"]:
-    """The first row of every class: what pictures show."""
+    """The first row of every class that there is: what pictures show."""
     return torch.stack([torch.nonzero(labels == label)[0, 0] for label in labels.unique()])
-
-
-def example_targets(data: INRData, edit: str) -> Float[Tensor, "k side side"]:
-    """What the edited examples of the test split should show."""
-    labels = load_images(data.dataset, "test", data.test, cache=cache_directory()).labels
-    return targets_of(data, edit, "cpu")["test"][example_rows(labels)]
 
 
 def encode(images: Float[Tensor, "k side side"]) -> list[str]:
@@ -206,13 +203,24 @@ def decode(texts: Sequence[str]) -> Float[Tensor, "k side side"]:
     return grey.view(-1, side, side) / 255
 
 
+def example_pictures(records: Sequence[Record]) -> dict[str, Float[Tensor, "k side side"]]:
+    """What runs of one edit make of the same examples, after what these draw and should draw; name -> pictures."""
+    first = records[0]["metrics"]
+    pictures = {"INR": first["examples_unedited"], "target": first["examples_target"]}
+    for record in records:
+        method, probes = record["config"]["method"], record["config"]["probes"]
+        pictures[f"{method}, {probes}" if probes else method] = record["metrics"]["examples_edited"]
+    return {name: decode(texts) for name, texts in pictures.items()}
+
+
 def unedited_records(records: Sequence[Record]) -> list[Record]:
     """The row 'no edit' as a record: the INRs as they are, held against the edited images."""
     first = records[0]
     config = {**first["config"], "method": "no edit", "probes": 0, "seed": 0}
     metrics = {
-        "test_mse": first["metrics"]["unedited_mse"],
-        "transfer_mse": first["metrics"].get("transfer_unedited_mse"),
+        name: first["metrics"][own]
+        for name, own in (("test_mse", "unedited_mse"), ("transfer_mse", "transfer_unedited_mse"))
+        if own in first["metrics"]
     }
     return [{**first, "config": config, "metrics": metrics}]
 
@@ -232,16 +240,17 @@ def run(config: Config, on_epoch: Callable[[int, Record], None] = lambda epoch, 
     """The result of a run: read if it is stored, else trained (from its checkpoint, if there is one) and stored."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sets, digest = load_data(config.data, device)
+    targets = targets_of(config.data, config.edit, device)
     transfer = None
     if config.transfer is not None:
         others, other_digest = load_data(config.transfer, device)
         transfer = others["test"], targets_of(config.transfer, config.edit, device)["test"]
         digest = f"{digest}+{other_digest}"
-    stored = StoredRun.of(config, digest, cache_directory())
+    stored = StoredRun.of(config, f"{digest}+{tensor_digest(targets.values())}", cache_directory())
     record = stored.result()
     if record is not None:
         return record
     torch.manual_seed(config.seed)
     model = build_editor(config.method, config.probes, config.networks, **dict(config.options)).to(device)
-    problem = Editing(model, sets, targets_of(config.data, config.edit, device), transfer)
+    problem = Editing(model, sets, targets, transfer)
     return train(problem, config.schedule, config.seed, stored, on_epoch)

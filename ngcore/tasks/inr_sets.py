@@ -93,7 +93,7 @@ def build(
 
 
 def evaluation_batches(inrs: INRSet) -> Iterator[Int[Tensor, " batch"]]:
-    """Rows of a whole set in batches of one size: what a method says of an INR can't depend on the last one's."""
+    """Rows of a whole set in batches of one size: the last one is filled up by repeating the last row."""
     size, device = EVALUATION_BATCH[inrs.labels.device.type], inrs.labels.device
     for first in range(0, len(inrs), size):
         yield torch.arange(first, first + size, device=device).clamp(max=len(inrs) - 1)

@@ -29,7 +29,6 @@ class ParameterReader(nn.Module):
         Raises:
             ValueError: a parameter holds NaN or infinity, or the graph is of another wiring.
         """
-        self._check_wiring(graph)
         self.normalization.fit(graph)
 
     def standardized(self, graph: NeuralGraph) -> dict[str, Tensor]:
@@ -44,19 +43,7 @@ class ParameterReader(nn.Module):
 
     def standardized_graph(self, graph: NeuralGraph) -> NeuralGraph:
         """The same, where they lie on the graph."""
-        self._check_wiring(graph)
         return self.normalization(graph)
-
-    def _check_wiring(self, graph: NeuralGraph) -> None:
-        if graph.wiring != self.wiring:
-            raise ValueError(
-                f"{type(self).__name__} was built for {_describe(self.wiring)}, this graph is of "
-                f"{_describe(graph.wiring)}: build the model with the graph's own wiring"
-            )
-
-
-def _describe(wiring: Wiring) -> str:
-    return f"layers of {[group.size for group in wiring.groups]} neurons ({wiring.groups[1].activation})"
 
 
 def perceptron(sizes: Sequence[int], dropout: float) -> nn.Sequential:
