@@ -68,7 +68,7 @@ def test_seeds_and_data_make_other_runs(cache):
 SCRIPT = """
 import os, signal, sys
 from ngcore.study import files, runs, training
-from tests.test_runs import CONFIG, task
+from tests.test_runs import CONFIG, inr_sets, task
 
 target, count = sys.argv[1], [0]
 
