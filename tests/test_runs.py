@@ -165,8 +165,9 @@ def test_a_record_that_is_not_what_it_says_is_refused(change, cache):
 
 def test_a_damaged_checkpoint_is_named(cache):
     stored = StoredRun.of(CONFIG, "data", cache)
-    stored.save_checkpoint({"epoch": 1})
-    assert stored.checkpoint() == {"epoch": 1}
+    state = {"epoch": 1, "model": {}, "best": {}}
+    stored.save_checkpoint(state)
+    assert stored.checkpoint() == state
     path = stored.directory / "checkpoint.pt"
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(RunError, match=r"checkpoint\.pt"):
