@@ -4,11 +4,21 @@ import pandas as pd
 import pytest
 
 from ngcore.study import notebooks
+from ngcore.study.profiles import find_notebooks
+from ngcore.study.runs import ROOT
 
 ARTEFACTS = {
     "00": ["figure_1", "figure_5", "figure_6", "figure_symmetry", "figure_residual", "figure_transformer"],
     "01": ["table_3", "table_4", "figure_2a", "figure_2b", "figure_training_mnist", "figure_confusion_mnist"],
+    "02": [
+        *("table_5", "table_networks", "table_edit", "table_transfer", "figure_2c", "figure_edited", "figure_networks"),
+        *("figure_edit", "figure_training_editing"),
+    ],
 }
+
+
+def test_every_notebook_is_tested():
+    assert set(ARTEFACTS) == set(find_notebooks(ROOT / "notebooks"))
 
 
 @pytest.mark.parametrize("number", sorted(ARTEFACTS))
@@ -20,7 +30,13 @@ def test_notebook(number, tmp_path, monkeypatch):
     for name in ARTEFACTS[number]:
         suffixes = ("csv", "tex", "md") if name.startswith("table") else ("pdf", "png")
         assert {f"{name}.{suffix}" for suffix in suffixes} <= written
+    directory = tmp_path / "output" / "figures" / "smoke"
     if number == "01":
-        table = pd.read_csv(tmp_path / "output" / "figures" / "smoke" / "table_3.csv")
+        table = pd.read_csv(directory / "table_3.csv")
         assert len(table) == 11
         assert table["mean"].between(0, 100).all()
+    if number == "02":
+        table = pd.read_csv(directory / "table_5.csv")
+        assert table["method"].tolist()[:2] == ["no edit", "DWSNet"]
+        assert len(table) == 13
+        assert (table["mean"] > 0).all()
