@@ -148,9 +148,12 @@ class Encoder(nn.Module):
         self.register_buffer("position_index", index, persistent=False)
         self.positions = nn.Parameter(torch.randn(int(index.max()) + 1, node_width)) if positions else None
 
-    def nodes(self, graph: NeuralGraph) -> Float[Tensor, "batch nodes width"]:
-        """First states of all nodes; the input neurons, which have no bias, hold the feature 0 (equation 1)."""
-        biases = torch.cat(self.standardize(graph).nodes, dim=1)
+    def nodes(self, graph: NeuralGraph, standardized: NeuralGraph) -> Float[Tensor, "batch nodes width"]:
+        """First states of all nodes; the input neurons, which have no bias, hold the feature 0 (equation 1).
+
+        The graph itself is what probe features run, its standardized form what is encoded.
+        """
+        biases = torch.cat(standardized.nodes, dim=1)
         frequencies = None if self.node_frequencies is None else self.node_frequencies[0]
         states = self.node_fourier(fourier_features(biases, frequencies))
         if self.probe is not None:

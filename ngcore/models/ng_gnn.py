@@ -219,8 +219,9 @@ class NGGNNStack(nn.Module):
     def states(self, graph: NeuralGraph) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Last states of all groups (of those that are read they are complete), and of the edges that are read,
         before the last layer's `edge_output`."""
-        nodes = self.encoder.nodes(graph).split([group.size for group in self.wiring.groups], dim=1)
-        weights, affine = self.encoder.standardize(graph).edges, self.encoder.edge_affine()
+        standardized = self.encoder.standardize(graph)
+        nodes = self.encoder.nodes(graph, standardized).split([group.size for group in self.wiring.groups], dim=1)
+        weights, affine = standardized.edges, self.encoder.edge_affine()
         edges = tuple(
             self.first_edges(weights[d.block], self.encoder.edge_frequencies, affine, d.reverse)
             for d in self.layers[0].directions

@@ -169,22 +169,21 @@ class NGTStack(nn.Module):
         for layer in self.layers:
             layer.compile(**COMPILATION)
 
-    def first_edges(self, graph: NeuralGraph) -> Float[Tensor, "batch n n 32"]:
+    def first_edges(self, standardized: NeuralGraph) -> Float[Tensor, "batch n n 32"]:
         """First states of all pairs; where the wiring has no edge the Fourier features are masked out."""
         weight, bias = self.encoder.edge_affine()
         frequencies = self.encoder.edge_frequencies
         size = self.wiring.num_nodes
-        states = bias.expand(graph.num_networks, size, size, EDGE_WIDTH).clone()
-        for (rows, columns), values in zip(
-            block_pairs(self.wiring), self.encoder.standardize(graph).edges, strict=True
-        ):
+        states = bias.expand(standardized.num_networks, size, size, EDGE_WIDTH).clone()
+        for (rows, columns), values in zip(block_pairs(self.wiring), standardized.edges, strict=True):
             features = fourier_features(values, None if frequencies is None else frequencies[0])
             states[:, rows, columns] = F.linear(features, weight, bias)
         return states
 
     def states(self, graph: NeuralGraph) -> tuple[Float[Tensor, "batch rows 64"], tuple[Tensor, ...]]:
         """Last states of the nodes and of the sets of pairs that are read."""
-        nodes, edges = self.encoder.nodes(graph), (self.first_edges(graph),)
+        standardized = self.encoder.standardize(graph)
+        nodes, edges = self.encoder.nodes(graph, standardized), (self.first_edges(standardized),)
         for layer in self.layers:
             nodes, edges = layer(nodes, *edges)
         return nodes, edges

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -225,8 +225,9 @@ def unedited_records(records: Sequence[Record]) -> list[Record]:
     return [{**first, "config": config, "metrics": metrics}]
 
 
+@cache
 def targets_of(data: INRData, edit: str, device: str) -> dict[str, Float[Tensor, "n side side"]]:
-    """The edited images of every split.
+    """The edited images of every split on a device; kept for the process's further runs.
 
     Raises:
         ValueError: an unknown edit.
