@@ -53,34 +53,21 @@ def needed_directions(
     return needed[::-1]
 
 
-class NGGNNLayer(nn.Module):
-    """One round of messages along `directions`, and the update of the edges that are read after it.
+class PNALayer(nn.Module):
+    """What one round of messages and the update of the edges after it learn, for blocks however they are laid out.
 
     Args:
-        directions: the blocks whose messages are computed.
-        updated: those whose edges the next layer or the head reads (empty where the head reads nodes alone).
-        scalers: PNA's amplification log(degree + 1) / δ of every group.
-        degrees: number of incoming edges of a node of every group.
+        updates_edges: the next layer or the head reads the edges after it (not where the head reads nodes alone).
     """
 
-    def __init__(
-        self,
-        wiring: Wiring,
-        directions: tuple[Direction, ...],
-        updated: tuple[Direction, ...],
-        scalers: tuple[float, ...],
-        degrees: tuple[int, ...],
-        dropout: float,
-    ) -> None:
+    def __init__(self, updates_edges: bool, dropout: float) -> None:
         super().__init__()
-        self.sizes = tuple(group.size for group in wiring.groups)
-        self.directions, self.updated = directions, updated
-        self.scalers, self.degrees, self.dropout = scalers, degrees, dropout
+        self.updates_edges, self.dropout = updates_edges, dropout
         self.film = nn.Linear(WIDTH, 2 * WIDTH)
         self.message = nn.Linear(2 * WIDTH, WIDTH)
         self.update = nn.Linear(9 * WIDTH, WIDTH)
         self.output = nn.Linear(WIDTH, WIDTH)
-        if updated:
+        if updates_edges:
             self.norm = nn.LayerNorm(WIDTH)
             self.edge_state = nn.Linear(WIDTH, WIDTH)
             self.edge_source = nn.Linear(WIDTH, WIDTH)
@@ -90,10 +77,44 @@ class NGGNNLayer(nn.Module):
     def edge_affine(self, before: nn.Linear | None) -> tuple[Tensor, Tensor]:
         """What this layer takes from the edges (scale, shift, state), and the Linear `before` it, as one affine map."""
         weight, bias = self.film.weight, self.film.bias
-        if self.updated:
+        if self.updates_edges:
             weight = torch.cat([weight, self.edge_state.weight])
             bias = torch.cat([bias, self.edge_state.bias])
         return (weight, bias) if before is None else (weight @ before.weight, weight @ before.bias + bias)
+
+    def message_terms(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
+        """What targets and sources add to a message: Linear([v_i, v_j]) is a Linear of each."""
+        target, source = self.message.weight.split(WIDTH, dim=1)
+        return F.linear(nodes, target, self.message.bias), F.linear(nodes, source)
+
+    def added(self, v: Tensor, change: Tensor) -> Tensor:
+        """The state with its change, which is normalized where another layer follows."""
+        if self.updates_edges:
+            change = dropout(F.silu(self.norm(change)), self.dropout, self.training)
+        return v + change
+
+
+class NGGNNLayer(PNALayer):
+    """A layer for networks of one wiring: messages along `directions`, and new states of the `updated` edges.
+
+    Args:
+        directions: the blocks whose messages are computed.
+        updated: those whose edges are read after it, maybe none.
+        scalers: PNA's amplification log(degree + 1) / δ of every group.
+        degrees: number of incoming edges of a node of every group.
+    """
+
+    def __init__(
+        self,
+        directions: tuple[Direction, ...],
+        updated: tuple[Direction, ...],
+        scalers: tuple[float, ...],
+        degrees: tuple[int, ...],
+        dropout: float,
+    ) -> None:
+        super().__init__(bool(updated), dropout)
+        self.directions, self.updated = directions, updated
+        self.scalers, self.degrees = scalers, degrees
 
     def forward(
         self, nodes: tuple[Tensor, ...], edges: tuple[Tensor, ...], affine: tuple[Tensor, Tensor]
@@ -110,9 +131,7 @@ class NGGNNLayer(nn.Module):
             F.linear(edge, *(affine if direction in self.updated else film)).split(WIDTH, dim=-1)
             for direction, edge in zip(self.directions, edges, strict=True)
         ]
-        target_weight, source_weight = self.message.weight.split(WIDTH, dim=1)
-        to = [F.linear(v, target_weight, self.message.bias) for v in nodes]
-        of = [F.linear(v, source_weight) for v in nodes]
+        to, of = zip(*map(self.message_terms, nodes), strict=True)
         moments: dict[int, tuple[Tensor, ...]] = {}
         for direction, (scale, shift, *_) in zip(self.directions, read, strict=True):
             found = Moments.apply(scale, shift, to[direction.target], of[direction.source])
@@ -137,10 +156,7 @@ class NGGNNLayer(nn.Module):
         own, plain, amplified = self.update.weight.split([WIDTH, 4 * WIDTH, 4 * WIDTH], dim=1)
         weight = self.output.weight @ torch.cat([own, plain + self.scalers[group] * amplified], dim=1)
         bias = self.output.weight @ self.update.bias + self.output.bias
-        change = F.linear(torch.cat([v, mean, low, high, std], dim=-1), weight, bias)
-        if self.updated:
-            change = dropout(F.silu(self.norm(change)), self.dropout, self.training)
-        return v + change
+        return self.added(v, F.linear(torch.cat([v, mean, low, high, std], dim=-1), weight, bias))
 
 
 def combine(known: tuple[Tensor, ...], found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -202,7 +218,7 @@ class NGGNNStack(nn.Module):
         delta = sum(group.size * log for group, log in zip(wiring.groups, logs, strict=True)) / wiring.num_nodes
         scalers = tuple(log / delta for log in logs)
         self.layers = nn.ModuleList(
-            NGGNNLayer(wiring, needed[k], needed[k + 1], scalers, degrees, dropout) for k in range(LAYERS)
+            NGGNNLayer(needed[k], needed[k + 1], scalers, degrees, dropout) for k in range(LAYERS)
         )
         self.first_edges = first_edges
 

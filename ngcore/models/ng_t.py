@@ -12,53 +12,68 @@ relational transformer (Diao & Loynd 2023), rearranged so that as little as poss
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ngcore.graph import NeuralGraph, Wiring
 from ngcore.models.dropout import dropout
 from ngcore.models.encoder import COMPILATION, Encoder, fourier_features
 
-NODE_WIDTH = 64
-EDGE_WIDTH = 32
-ATTENTION_WIDTH = 128
-HEADS = 4
-HEAD_WIDTH = ATTENTION_WIDTH // HEADS
 LAYERS = 4
+
+
+class Widths(NamedTuple):
+    """Of the states of nodes and of pairs, and of the attention, all heads together."""
+
+    node: int = 64
+    edge: int = 32
+    attention: int = 128
+    heads: int = 4
+
+
+WIDTHS = Widths()  # of the paper's experiments on INRs
 
 
 class RelationalAttention(nn.Module):
     """Attention in which pairs of nodes have states of their own, up to and including its output Linears."""
 
-    def __init__(self) -> None:
+    def __init__(self, widths: Widths = WIDTHS) -> None:
         super().__init__()
-        self.node_qkv = nn.Linear(NODE_WIDTH, 3 * ATTENTION_WIDTH, bias=False)
-        self.edge_qkss = nn.Linear(EDGE_WIDTH, 4 * ATTENTION_WIDTH, bias=False)  # q, k, shift, scale
-        self.attention_output = nn.Linear(ATTENTION_WIDTH, NODE_WIDTH)
-        self.attention_linear = nn.Linear(NODE_WIDTH, NODE_WIDTH)
+        node, edge, attention, self.heads = widths
+        self.node_qkv = nn.Linear(node, 3 * attention, bias=False)
+        self.edge_qkss = nn.Linear(edge, 4 * attention, bias=False)  # q, k, shift, scale
+        self.attention_output = nn.Linear(attention, node)
+        self.attention_linear = nn.Linear(node, node)
 
     def forward(
         self,
-        nodes: Float[Tensor, "batch n 64"],
-        edges: Float[Tensor, "batch rows n 32"],
+        nodes: Float[Tensor, "batch n node"],
+        edges: Float[Tensor, "batch rows n edge"],
         rows: slice,
-    ) -> Float[Tensor, "batch rows 64"]:
-        """What the nodes `rows` gather from all nodes; `edges` are the pairs of these rows."""
-        query, key, value = self.node_qkv(nodes).unflatten(-1, (3, HEADS, HEAD_WIDTH)).unbind(2)
+        present: Bool[Tensor, "batch n"] | None = None,
+    ) -> Float[Tensor, "batch rows node"]:
+        """What the nodes `rows` gather from all nodes, or from those that are `present`; `edges` are the pairs of
+        these rows."""
+        query, key, value = self.node_qkv(nodes).unflatten(-1, (3, self.heads, -1)).unbind(2)
         query = query[:, rows]
-        edge_query, edge_key, shift, scale = self.edge_qkss.weight.unflatten(0, (4, HEADS, HEAD_WIDTH))
+        edge_query, edge_key, shift, scale = self.edge_qkss.weight.unflatten(0, (4, self.heads, -1))
         mixed = torch.einsum("hdc,hde->hce", edge_query, edge_key).flatten(0, 1)  # QᵀK of every head
         products = F.linear(edges, torch.cat([mixed, scale.flatten(0, 1)]))
-        bilinear, scaled = products.unflatten(-1, (2, HEADS, HEAD_WIDTH)).unbind(3)
+        # per head, of an edge's width and of a head's
+        bilinear, scaled = products.split([mixed.shape[0], scale.shape[0] * scale.shape[1]], dim=-1)
+        bilinear, scaled = bilinear.unflatten(-1, (self.heads, -1)), scaled.unflatten(-1, (self.heads, -1))
 
         from_query = torch.einsum("brhd,hdc->brhc", query, edge_key)
         from_key = torch.einsum("bnhd,hdc->bnhc", key, edge_query)
         relational = bilinear + from_query.unsqueeze(2) + from_key.unsqueeze(1)
         scores = (relational * edges.unsqueeze(3)).sum(-1) + torch.einsum("brhd,bnhd->brnh", query, key)
-        attention = (scores * HEAD_WIDTH**-0.5).softmax(dim=2)
+        if present is not None:
+            scores = scores.masked_fill(~present[:, None, :, None], -torch.inf)
+        attention = (scores * scale.shape[1] ** -0.5).softmax(dim=2)
 
         gathered = (attention.unsqueeze(-1) * scaled * value.unsqueeze(1)).sum(2)
         mean_edge = torch.einsum("brnh,brnc->brhc", attention, edges)
@@ -80,39 +95,43 @@ class NGTLayer(nn.Module):
         updated: the sets of pairs that leave, none where the head reads nodes alone.
     """
 
-    def __init__(self, attended: slice, updated: tuple[Pairs, ...], dropout: float) -> None:
+    def __init__(self, attended: slice, updated: tuple[Pairs, ...], dropout: float, widths: Widths = WIDTHS) -> None:
         super().__init__()
         self.attended, self.updated, self.dropout = attended, updated, dropout
-        self.attention = RelationalAttention()
-        self.node_norm1 = nn.LayerNorm(NODE_WIDTH)
-        self.node_feed1 = nn.Linear(NODE_WIDTH, 2 * NODE_WIDTH, bias=False)
-        self.node_feed2 = nn.Linear(2 * NODE_WIDTH, NODE_WIDTH)
-        self.node_norm2 = nn.LayerNorm(NODE_WIDTH)
+        node, edge = widths.node, widths.edge
+        self.attention = RelationalAttention(widths)
+        self.node_norm1 = nn.LayerNorm(node)
+        self.node_feed1 = nn.Linear(node, 2 * node, bias=False)
+        self.node_feed2 = nn.Linear(2 * node, node)
+        self.node_norm2 = nn.LayerNorm(node)
         if updated:
-            self.edge_pair = nn.Linear(2 * EDGE_WIDTH, 2 * EDGE_WIDTH)
-            self.edge_source = nn.Linear(NODE_WIDTH, 2 * EDGE_WIDTH)
-            self.edge_target = nn.Linear(NODE_WIDTH, 2 * EDGE_WIDTH)
-            self.edge_output = nn.Linear(2 * EDGE_WIDTH, EDGE_WIDTH)
-            self.edge_norm1 = nn.LayerNorm(EDGE_WIDTH)
-            self.edge_feed1 = nn.Linear(EDGE_WIDTH, 2 * EDGE_WIDTH, bias=False)
-            self.edge_feed2 = nn.Linear(2 * EDGE_WIDTH, EDGE_WIDTH)
-            self.edge_norm2 = nn.LayerNorm(EDGE_WIDTH)
+            self.edge_pair = nn.Linear(2 * edge, 2 * edge)
+            self.edge_source = nn.Linear(node, 2 * edge)
+            self.edge_target = nn.Linear(node, 2 * edge)
+            self.edge_output = nn.Linear(2 * edge, edge)
+            self.edge_norm1 = nn.LayerNorm(edge)
+            self.edge_feed1 = nn.Linear(edge, 2 * edge, bias=False)
+            self.edge_feed2 = nn.Linear(2 * edge, edge)
+            self.edge_norm2 = nn.LayerNorm(edge)
 
     def drop(self, x: Tensor) -> Tensor:
         return dropout(x, self.dropout, self.training)
 
     def forward(
-        self, nodes: Float[Tensor, "batch n 64"], edges: Float[Tensor, "batch rows n 32"]
-    ) -> tuple[Float[Tensor, "batch rows 64"], tuple[Tensor, ...]]:
-        """States of the attended nodes and of every set of updated pairs."""
-        gathered = self.drop(self.attention(nodes, edges, self.attended))
+        self,
+        nodes: Float[Tensor, "batch n node"],
+        edges: Float[Tensor, "batch rows n edge"],
+        present: Bool[Tensor, "batch n"] | None = None,
+    ) -> tuple[Float[Tensor, "batch rows node"], tuple[Tensor, ...]]:
+        """States of the attended nodes and of every set of updated pairs; nodes that are not `present` are not read."""
+        gathered = self.drop(self.attention(nodes, edges, self.attended, present))
         nodes = self.node_norm1(nodes[:, self.attended] + gathered)
         nodes = self.node_norm2(nodes + self.drop(self.node_feed2(F.gelu(self.node_feed1(nodes)))))
         return nodes, tuple(self.update_edges(nodes, edges, *pairs) for pairs in self.updated)
 
     def update_edges(
         self, nodes: Tensor, edges: Tensor, rows: slice, columns: slice
-    ) -> Float[Tensor, "batch rows columns 32"]:
+    ) -> Float[Tensor, "batch rows columns edge"]:
         """New states of pairs (i, j) from e_ij, e_ji, v_i and v_j."""
         own, mirrored = edges[:, rows, columns], edges[:, columns, rows].transpose(1, 2)
         pair = self.edge_pair(torch.cat([own, mirrored], dim=-1))
@@ -153,8 +172,9 @@ class NGTStack(nn.Module):
     ) -> None:
         super().__init__()
         self.wiring = wiring
+        self.widths = WIDTHS
         self.encoder = Encoder(
-            wiring, NODE_WIDTH, EDGE_WIDTH, edge_features=1, sigma=sigma, probes=probes, positions=positions
+            wiring, self.widths.node, self.widths.edge, edge_features=1, sigma=sigma, probes=probes, positions=positions
         )
         rows = [EVERY] * (LAYERS - 1) + [read]
         updated = [*(((row, EVERY),) for row in rows[1:]), read_edges]
@@ -174,7 +194,7 @@ class NGTStack(nn.Module):
         weight, bias = self.encoder.edge_affine()
         frequencies = self.encoder.edge_frequencies
         size = self.wiring.num_nodes
-        states = bias.expand(standardized.num_networks, size, size, EDGE_WIDTH).clone()
+        states = bias.expand(standardized.num_networks, size, size, self.widths.edge).clone()
         for (rows, columns), values in zip(block_pairs(self.wiring), standardized.edges, strict=True):
             features = fourier_features(values, None if frequencies is None else frequencies[0])
             states[:, rows, columns] = F.linear(features, weight, bias)
@@ -211,9 +231,9 @@ class NGT(NGTStack):
         read = slice(wiring.offsets[output], wiring.offsets[output + 1])
         super().__init__(wiring, read, (), probes=probes, positions=positions, dropout=dropout, sigma=sigma)
         self.head = nn.Sequential(
-            nn.Linear(wiring.groups[output].size * NODE_WIDTH, 2 * NODE_WIDTH),
+            nn.Linear(wiring.groups[output].size * self.widths.node, 2 * self.widths.node),
             nn.ReLU(),
-            nn.Linear(2 * NODE_WIDTH, num_classes),
+            nn.Linear(2 * self.widths.node, num_classes),
         )
 
     def forward(self, graph: NeuralGraph) -> Float[Tensor, "batch classes"]:
@@ -243,8 +263,8 @@ class EquivariantNGT(NGTStack):
     ) -> None:
         pairs = block_pairs(wiring)
         super().__init__(wiring, EVERY, pairs, probes=probes, positions=positions, dropout=dropout, sigma=sigma)
-        self.node_head = nn.Linear(NODE_WIDTH, outputs)
-        self.edge_head = nn.Linear(EDGE_WIDTH, outputs)
+        self.node_head = nn.Linear(self.widths.node, outputs)
+        self.edge_head = nn.Linear(self.widths.edge, outputs)
 
     def forward(self, graph: NeuralGraph) -> NeuralGraph:
         """The same wiring with `outputs` features on nodes and edges."""

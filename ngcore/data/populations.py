@@ -1,0 +1,227 @@
+"""Populations of trained networks: made part by part, stored, found again.
+
+A part is one safetensors file of networks of one architecture: their parameters, stacked, and in the header the
+architecture and a row of the table for each. It is written whole or not at all, so that a killed generator goes on with
+the parts that are missing and loses no finished network.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ngcore.data.cnn import Architecture
+
+REQUIRED = ("network", "run", "accuracy")
+
+
+class PopulationError(ValueError):
+    """A stored part or a network that is damaged or contradicts itself; names the file and the network."""
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Networks of one architecture.
+
+    Shapes:
+        parameters: `Architecture.shapes` behind an axis of the networks.
+        rows: one per network: "network" (its name), "run" (checkpoints of one training run share it), "accuracy" (on
+            test images, 0 to 1), and whatever else is known of it.
+
+    Raises:
+        PopulationError: a tensor is missing, unknown, of another shape or not finite, or an accuracy is none; the
+            error names the network.
+    """
+
+    architecture: Architecture
+    parameters: dict[str, Tensor]
+    rows: tuple[dict[str, Any], ...]
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            missing = [name for name in REQUIRED if name not in row]
+            if missing:
+                raise PopulationError(f"network {row.get('network', '?')}: its row has no {', '.join(missing)}")
+            if not 0 <= row["accuracy"] <= 1:
+                raise PopulationError(f"network {row['network']}: accuracy {row['accuracy']} is not within 0 and 1")
+        names = ", ".join(str(row["network"]) for row in self.rows[:3])
+        shapes = self.architecture.shapes
+        if set(self.parameters) != set(shapes):
+            missing, unknown = sorted(set(shapes) - set(self.parameters)), sorted(set(self.parameters) - set(shapes))
+            raise PopulationError(f"networks {names}: parameters missing {missing}, unknown {unknown}")
+        for name, values in self.parameters.items():
+            if tuple(values.shape) != (len(self.rows), *shapes[name]):
+                raise PopulationError(
+                    f"networks {names}: {name} has shape {tuple(values.shape)}, but {len(self.rows)} networks of this "
+                    f"architecture need {(len(self.rows), *shapes[name])}"
+                )
+            finite = torch.isfinite(values.flatten(1)).all(1)
+            if not finite.all():
+                bad = self.rows[int(torch.nonzero(~finite)[0, 0])]["network"]
+                raise PopulationError(f"network {bad}: {name} holds NaN or infinity")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def finite_networks(
+    architecture: Architecture, parameters: Mapping[str, Tensor], rows: Sequence[dict[str, Any]]
+) -> Checkpoints:
+    """The networks whose parameters are all finite: those that diverged are left out."""
+    finite = torch.stack([torch.isfinite(values.flatten(1)).all(1) for values in parameters.values()]).all(0)
+    return Checkpoints(
+        architecture,
+        {name: values[finite] for name, values in parameters.items()},
+        tuple(row for row, keep in zip(rows, finite.tolist(), strict=True) if keep),
+    )
+
+
+@dataclass(frozen=True)
+class Population:
+    """Networks of one or many architectures; `rejected` says why others are not among them."""
+
+    parts: tuple[Checkpoints, ...]
+    rejected: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """A row per network, in the order of the parts: its own and what its architecture is."""
+        rows = []
+        for number, part in enumerate(self.parts):
+            shape = {"layers": len(part.architecture.kernel_size), "channels": part.architecture.channels[1:]}
+            rows += [{"part": number} | shape | row for row in part.rows]
+        return pd.DataFrame(rows)
+
+
+def write_part(path: Path, checkpoints: Checkpoints) -> None:
+    """Store networks of one architecture in one file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = {"architecture": json.dumps(checkpoints.architecture.as_json()), "rows": json.dumps(checkpoints.rows)}
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        save_file({name: values.contiguous().cpu() for name, values in checkpoints.parameters.items()}, partial, header)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_part(path: Path) -> Checkpoints:
+    """What `write_part` stored.
+
+    Raises:
+        PopulationError: the file is damaged or contradicts itself; the error names it.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            parameters = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+        architecture = Architecture.from_json(json.loads(header["architecture"]))
+        return Checkpoints(architecture, parameters, tuple(json.loads(header["rows"])))
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, OSError) as error:
+        raise PopulationError(f"{path} is no part of a population ({error}); delete it and generate again") from error
+
+
+class GenerationFailed(RuntimeError):
+    """Some parts could not be made; the others are stored."""
+
+
+def generate(
+    directory: Path, makers: Mapping[str, Callable[[], Checkpoints]], *, workers: int, title: str
+) -> Population:
+    """Make the parts that are not stored yet, and read all of them; the table goes to `table.csv`.
+
+    Args:
+        makers: part's name -> what makes it, which can be sent to another process.
+        workers: single-threaded processes, each of which makes one part at a time.
+
+    Raises:
+        GenerationFailed: after all parts have ended; names every part that failed, and why.
+        PopulationError: a stored part is damaged.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = {name: directory / f"{name}.safetensors" for name in makers}
+    missing = {name: path for name, path in paths.items() if not path.exists()}
+    failures: dict[str, BaseException] = {}
+    with tqdm(total=len(makers), initial=len(makers) - len(missing), desc=title, unit="part") as bar:
+        networks, accuracy = 0, 0.0
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(max(1, workers), context, _start_worker) as pool:
+            try:
+                futures = {pool.submit(_make, makers[name], path): name for name, path in missing.items()}
+                for future in as_completed(futures):
+                    bar.update()
+                    if future.exception() is not None:
+                        failures[futures[future]] = future.exception()
+                        continue
+                    found = future.result()
+                    networks, accuracy = networks + len(found), accuracy + sum(found)
+                    bar.set_postfix_str(f"{networks} networks, mean accuracy {accuracy / max(1, networks):.3f}")
+            except BaseException:  # the stop button: let go of the parts that wait
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    if failures:
+        reasons = "\n".join(f"{directory / name}: {error!r}" for name, error in failures.items())
+        raise GenerationFailed(f"{len(failures)} of {len(makers)} parts failed:\n{reasons}") from next(
+            iter(failures.values())
+        )
+    population = Population(tuple(read_part(path) for path in paths.values()))
+    if missing:
+        _write_table(directory / "table.csv", population.table)
+    return population
+
+
+def _start_worker() -> None:
+    """One thread; and an end with the process that generates: where it is killed, its workers would wait forever."""
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _make(maker: Callable[[], Checkpoints], path: Path) -> list[float]:
+    """A worker's task: make and store a part; the accuracies of its networks."""
+    checkpoints = maker()
+    write_part(path, checkpoints)
+    return [row["accuracy"] for row in checkpoints.rows]
+
+
+def _write_table(path: Path, table: pd.DataFrame) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        table.to_csv(partial, index=False)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def select(population: Population, keep: Sequence[bool]) -> Population:
+    """The networks for which `keep` is true, in the same order."""
+    parts, first = [], 0
+    for part in population.parts:
+        rows = torch.tensor(list(keep[first : first + len(part)]), dtype=torch.bool)
+        first += len(part)
+        if rows.any():
+            parameters = {name: values[rows] for name, values in part.parameters.items()}
+            own = tuple(row for row, kept in zip(part.rows, rows.tolist(), strict=True) if kept)
+            parts.append(replace(part, parameters=parameters, rows=own))
+    return Population(tuple(parts), population.rejected)
