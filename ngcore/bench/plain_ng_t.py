@@ -97,27 +97,35 @@ class Encoder(nn.Module):
 class Layer(nn.Module):
     """Relational attention over all pairs (paper, equation 5); all but the last also update the edges."""
 
-    def __init__(self, dropout: float, last: bool) -> None:
+    def __init__(
+        self,
+        dropout: float,
+        last: bool,
+        node_width: int = NODE_WIDTH,
+        edge_width: int = EDGE_WIDTH,
+        attention_width: int = ATTENTION_WIDTH,
+        num_heads: int = NUM_HEADS,
+    ) -> None:
         super().__init__()
-        self.last = last
+        self.last, self.num_heads = last, num_heads
         self.dropout = nn.Dropout(dropout)
-        self.node_qkv = nn.Linear(NODE_WIDTH, 3 * ATTENTION_WIDTH, bias=False)
-        self.edge_qkss = nn.Linear(EDGE_WIDTH, 4 * ATTENTION_WIDTH, bias=False)
-        self.attention_output = nn.Linear(ATTENTION_WIDTH, NODE_WIDTH)
-        self.attention_linear = nn.Linear(NODE_WIDTH, NODE_WIDTH)
-        self.node_norm1 = nn.LayerNorm(NODE_WIDTH)
-        self.node_feed1 = nn.Linear(NODE_WIDTH, 2 * NODE_WIDTH, bias=False)
-        self.node_feed2 = nn.Linear(2 * NODE_WIDTH, NODE_WIDTH)
-        self.node_norm2 = nn.LayerNorm(NODE_WIDTH)
+        self.node_qkv = nn.Linear(node_width, 3 * attention_width, bias=False)
+        self.edge_qkss = nn.Linear(edge_width, 4 * attention_width, bias=False)
+        self.attention_output = nn.Linear(attention_width, node_width)
+        self.attention_linear = nn.Linear(node_width, node_width)
+        self.node_norm1 = nn.LayerNorm(node_width)
+        self.node_feed1 = nn.Linear(node_width, 2 * node_width, bias=False)
+        self.node_feed2 = nn.Linear(2 * node_width, node_width)
+        self.node_norm2 = nn.LayerNorm(node_width)
         if not last:
-            self.edge_pair = nn.Linear(2 * EDGE_WIDTH, 2 * EDGE_WIDTH)
-            self.edge_source = nn.Linear(NODE_WIDTH, 2 * EDGE_WIDTH)
-            self.edge_target = nn.Linear(NODE_WIDTH, 2 * EDGE_WIDTH)
-            self.edge_output = nn.Linear(2 * EDGE_WIDTH, EDGE_WIDTH)
-            self.edge_norm1 = nn.LayerNorm(EDGE_WIDTH)
-            self.edge_feed1 = nn.Linear(EDGE_WIDTH, 2 * EDGE_WIDTH, bias=False)
-            self.edge_feed2 = nn.Linear(2 * EDGE_WIDTH, EDGE_WIDTH)
-            self.edge_norm2 = nn.LayerNorm(EDGE_WIDTH)
+            self.edge_pair = nn.Linear(2 * edge_width, 2 * edge_width)
+            self.edge_source = nn.Linear(node_width, 2 * edge_width)
+            self.edge_target = nn.Linear(node_width, 2 * edge_width)
+            self.edge_output = nn.Linear(2 * edge_width, edge_width)
+            self.edge_norm1 = nn.LayerNorm(edge_width)
+            self.edge_feed1 = nn.Linear(edge_width, 2 * edge_width, bias=False)
+            self.edge_feed2 = nn.Linear(2 * edge_width, edge_width)
+            self.edge_norm2 = nn.LayerNorm(edge_width)
 
     def forward(
         self, nodes: Float[Tensor, "batch n node_width"], edges: Float[Tensor, "batch n n edge_width"]
@@ -133,9 +141,9 @@ class Layer(nn.Module):
         self, nodes: Float[Tensor, "batch n node_width"], edges: Float[Tensor, "batch n n edge_width"]
     ) -> Float[Tensor, "batch n attention_width"]:
         """Every node's attention over all nodes, heads concatenated."""
-        query, key, value = (x.unflatten(-1, (NUM_HEADS, -1)) for x in self.node_qkv(nodes).chunk(3, dim=-1))
+        query, key, value = (x.unflatten(-1, (self.num_heads, -1)) for x in self.node_qkv(nodes).chunk(3, dim=-1))
         edge_query, edge_key, shift, scale = (
-            x.unflatten(-1, (NUM_HEADS, -1)) for x in self.edge_qkss(edges).chunk(4, dim=-1)
+            x.unflatten(-1, (self.num_heads, -1)) for x in self.edge_qkss(edges).chunk(4, dim=-1)
         )
         query = query.unsqueeze(2) + edge_query  # (batch, i, j, heads, head width)
         key = key.unsqueeze(1) + edge_key

@@ -75,6 +75,10 @@ class Frame:
 
     def check(self, wiring: Wiring) -> None:
         """Raise a ValueError that says why a wiring does not fit."""
+        for role in ("input", "output"):
+            count = len(wiring.with_role(role))
+            if count != 1:  # neurons of several would share rows of the positional embedding
+                raise ValueError(f"a frame holds networks with one {role} layer, not {count}")
         for group in wiring.groups:
             where = f"layer {group.layer} of {[g.size for g in wiring.groups]}"
             if group.role == "hidden" and group.activation not in self.activations:
@@ -96,7 +100,7 @@ class Stack:
     Shapes:
         targets: (blocks, targets of a block) rows of the batch's nodes
         sources: (blocks, sources of a block)
-        target_hops, source_hops: (blocks,) edges on the shortest way from them to an output neuron, in any direction
+        target_hops, source_hops: (blocks,) blocks between their groups and the outputs on the shortest way, in any direction
         edges: which of the batch's edges, those of a block together, targets before sources
     """
 

@@ -1,8 +1,9 @@
-"""Models that read parameters without a graph: MLP, Set NN, DWSNet and NFN."""
+"""Models that read parameters without a graph: MLP, Set NN, StatNN, DWSNet and NFN."""
 
 from ngcore.models.baselines.dws import DWSNet, EquivariantDWSNet
 from ngcore.models.baselines.mlp import MLP
 from ngcore.models.baselines.nfn import NFN, EquivariantNFN
 from ngcore.models.baselines.set_nn import SetNN
+from ngcore.models.baselines.stat_nn import StatNN
 
-__all__ = ["MLP", "NFN", "DWSNet", "EquivariantDWSNet", "EquivariantNFN", "SetNN"]
+__all__ = ["MLP", "NFN", "DWSNet", "EquivariantDWSNet", "EquivariantNFN", "SetNN", "StatNN"]

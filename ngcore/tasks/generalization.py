@@ -1,0 +1,261 @@
+"""Predicting generalization (paper, section 4.2; table 1): a CNN's test accuracy from its parameters.
+
+And what else can be told from them: other targets, all within 0 and 1, are predicted in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from scipy.stats import kendalltau
+from torch import Tensor, nn
+
+from ngcore.graph import NeuralGraph
+from ngcore.models.baselines import NFN, StatNN
+from ngcore.models.heterogeneous import HeterogeneousNGGNN, HeterogeneousNGT
+from ngcore.study.runs import Record, StoredRun, cache_directory
+from ngcore.study.training import Schedule, train
+from ngcore.tasks.zoos import Networks, Zoo, load, split_rows
+
+Loss = Literal["bce", "mse"]
+Target = Literal["accuracy", "activation", "learning_rate", "epoch"]
+Split = Literal["random", "shallow_to_deep", "narrow_to_wide"]
+
+# Networks of like size that are read together: NG-T fills up every network to the largest. None: all of a batch.
+CHUNK = {"NG-T": 8}
+EVALUATION_BATCH = 64
+SHALLOW = 3  # convolutions, at most
+NARROW = 14  # channels on average, at most
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run: a method on one or both populations with a seed.
+
+    Args:
+        dataset: "cifar10_gs", "cifar10_wild_park", or "both" for one model trained on both.
+        method: a key of METHODS.
+        loss: on the sigmoid of what the model returns: binary cross entropy or mean squared error.
+        target: what is predicted. Activations are hidden from models that are asked for them.
+        split: "random", or train and select on some shapes and test on the others.
+        shuffled: give the training networks each other's targets, so that there is nothing to learn: the control.
+        options: further arguments of the model, as pairs.
+    """
+
+    dataset: str
+    method: str
+    loss: Loss
+    target: Target
+    split: Split
+    shuffled: bool
+    seed: int
+    data: tuple[Zoo, ...]
+    schedule: Schedule
+    options: tuple[tuple[str, Any], ...] = ()
+    task: str = "generalization"
+
+
+class RegressionNFN(NFN):
+    """NFN on the networks `rows` of one graph."""
+
+    def fit_normalization(self, graph: NeuralGraph, rows: Int[Tensor, " networks"]) -> None:
+        super().fit_normalization(graph[rows])
+
+
+Build = Callable[..., nn.Module]
+Inputs = Callable[[Networks], Any]
+
+# What builds a model for networks, and the form in which it reads them, indexed by rows.
+METHODS: dict[str, tuple[Build, Inputs]] = {
+    "StatNN": (lambda networks, **o: StatNN(networks.statistics.shape[1], **o), lambda networks: networks.statistics),
+    "NFN_HNP": (
+        lambda networks, **o: RegressionNFN(networks.stacked.wiring, 1, group="HNP", **o),
+        lambda networks: networks.stacked,
+    ),
+    "NG-GNN": (lambda networks, **o: HeterogeneousNGGNN(networks.frame, **o), lambda networks: networks.collection),
+    "NG-T": (lambda networks, **o: HeterogeneousNGT(networks.frame, **o), lambda networks: networks.collection),
+}
+
+
+def build_model(method: str, networks: Networks, **options: Any) -> nn.Module:
+    """A metanetwork by the name of its method, with one output.
+
+    Raises:
+        ValueError: an unknown method, or one that can't read these networks.
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
+    return METHODS[method][0](networks, **options)
+
+
+def targets_of(table: pd.DataFrame, target: Target) -> Float[np.ndarray, " networks"]:
+    """What is to be predicted, within 0 and 1: an accuracy, "tanh" (1) or "relu" (0), the logarithm of a learning rate
+    between the smallest and the largest, the share of the training that is done.
+
+    Raises:
+        ValueError: an unknown target, or one that these networks do not have.
+    """
+    columns = {"accuracy": "accuracy", "activation": "activation", "learning_rate": "learning_rate", "epoch": "step"}
+    if target not in columns:
+        raise ValueError(f"unknown target {target!r}; there are {', '.join(columns)}")
+    if columns[target] not in table or table[columns[target]].isna().any():
+        raise ValueError(f"these networks have no {columns[target]!r} to predict")
+    values = table[columns[target]].to_numpy()
+    if target == "activation":
+        return (values == "tanh").astype(float)
+    if target == "learning_rate":
+        values = np.log(values.astype(float))
+        return (values - values.min()) / (values.max() - values.min())
+    return values / values.max() if target == "epoch" else values
+
+
+def trained_shapes(table: pd.DataFrame, split: Split) -> Float[np.ndarray, " networks"]:
+    """Whether a network has one of the shapes that are trained on.
+
+    Raises:
+        ValueError: an unknown split.
+    """
+    if split == "random":
+        return np.ones(len(table), dtype=bool)
+    if split == "shallow_to_deep":
+        return (table["layers"] <= SHALLOW).to_numpy()
+    if split == "narrow_to_wide":
+        return table["channels"].map(np.mean).to_numpy() <= NARROW
+    raise ValueError(f"unknown split {split!r}; there are random, shallow_to_deep and narrow_to_wide")
+
+
+class Prediction:
+    """The problem that the training loop solves (`ngcore.study.training.Problem`).
+
+    Args:
+        inputs: what the model reads, indexed by rows of the table.
+        sizes: of the networks, for methods that read networks of like size together.
+        rows: the networks of every split, as of `rows_of`.
+        known: targets that training and selection see; `targets` are the true ones.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        sizes: Int[Tensor, " all"],
+        rows: Mapping[str, Int[Tensor, " networks"]],
+        known: Float[Tensor, " all"],
+        targets: Float[Tensor, " all"],
+        loss: Loss,
+        chunk: int | None,
+    ) -> None:
+        self.model, self.inputs, self.sizes, self.rows = model, inputs, sizes, rows
+        self.known, self.targets, self.chunk = known, targets, chunk
+        self.criterion = {"bce": F.binary_cross_entropy_with_logits, "mse": _squared_error}[loss]
+        self.train_size = len(rows["train"])
+        model.fit_normalization(inputs, rows["train"])
+
+    def chunks(self, rows: Int[Tensor, " networks"]) -> Sequence[Tensor]:
+        return (rows,) if self.chunk is None else rows[self.sizes[rows].argsort()].split(self.chunk)
+
+    def loss(self, rows: Tensor) -> Tensor:
+        return sum(
+            self.criterion(self.model(self.inputs[some]).squeeze(1).float(), self.known[some], reduction="sum")
+            for some in self.chunks(self.rows["train"][rows])
+        )
+
+    def predictions(self, rows: Int[Tensor, " networks"]) -> Float[Tensor, " networks"]:
+        """Of the networks `rows`, within 0 and 1."""
+        found = torch.empty(len(rows), device=rows.device)
+        order = self.sizes[rows].argsort()
+        for some in order.split(self.chunk or EVALUATION_BATCH):
+            found[some] = self.model(self.inputs[rows[some]]).squeeze(1).float().sigmoid()
+        return found
+
+    def validate(self) -> dict[str, float]:
+        rows = self.rows["validation"]
+        predicted, known = self.predictions(rows), self.known[rows]
+        return {"val_loss": F.mse_loss(predicted, known).item(), "val_score": tau(predicted, known)}
+
+    def test(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, rows in self.rows.items():
+            if name in ("train", "validation"):
+                continue
+            predicted, true = self.predictions(rows), self.targets[rows]
+            found |= {
+                f"{name}_tau": tau(predicted, true),
+                f"{name}_mse": F.mse_loss(predicted, true).item(),
+                f"{name}_accuracy": ((predicted > 0.5) == (true > 0.5)).float().mean().item(),
+                f"{name}_predicted": [round(value, 4) for value in predicted.tolist()],
+                f"{name}_true": [round(value, 4) for value in true.tolist()],
+            }
+        return found
+
+
+def _squared_error(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    return F.mse_loss(logits.sigmoid(), targets, reduction=reduction)
+
+
+def tau(predicted: Tensor, true: Tensor) -> float:
+    """Kendall's τ-b; 0 where all predictions are the same, which put networks in no order."""
+    found = kendalltau(predicted.cpu().numpy(), true.cpu().numpy()).statistic
+    return 0.0 if np.isnan(found) else float(found)
+
+
+def rows_of(networks: Networks, split: Split) -> dict[str, Int[Tensor, " networks"]]:
+    """Rows of every split: "train", "validation", and a test set per population, "test_<dataset>"; where shapes are
+    split, test networks of the shapes that are trained on, "same", and of the others, "other".
+
+    Raises:
+        ValueError: the networks have no two kinds of shapes to tell apart.
+    """
+    table, rows = networks.table, split_rows(networks.table)
+    test = rows.pop("test")
+
+    def among(some: Tensor, mask: Sequence[bool]) -> Tensor:
+        return some[torch.tensor(np.asarray(mask))[some]]
+
+    if split == "random":
+        return rows | {f"test_{name}": among(test, table["dataset"] == name) for name in table["dataset"].unique()}
+    own = trained_shapes(table, split)
+    found = {name: among(some, own) for name, some in (rows | {"same": test}).items()} | {"other": among(test, ~own)}
+    empty = [name for name, some in found.items() if len(some) == 0]
+    if empty:
+        raise ValueError(f"split {split!r} leaves no networks for {', '.join(empty)}: their shapes are all alike")
+    return found
+
+
+def run(config: Config, on_epoch: Callable[[int, Record], None] = lambda epoch, scores: None) -> Record:
+    """The result of a run: read if it is stored, else trained (from its checkpoint, if there is one) and stored."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    networks = load(config.data, config.target == "activation")
+    stored = StoredRun.of(config, networks.digest, cache_directory())
+    record = stored.result()
+    if record is not None:
+        return record
+    rows = rows_of(networks, config.split)
+    targets = torch.from_numpy(targets_of(networks.table, config.target)).float()
+    known = targets.clone()
+    if config.shuffled:
+        generator = torch.Generator().manual_seed(config.seed)
+        for name in ("train", "validation"):
+            known[rows[name]] = targets[rows[name][torch.randperm(len(rows[name]), generator=generator)]]
+    torch.manual_seed(config.seed)
+    model = build_model(config.method, networks, **dict(config.options)).to(device)
+    inputs = METHODS[config.method][1](networks)
+    inputs = inputs.map(lambda values: values.to(device)) if isinstance(inputs, NeuralGraph) else inputs.to(device)
+    problem = Prediction(
+        model,
+        inputs,
+        networks.collection.sizes.to(device),
+        {name: some.to(device) for name, some in rows.items()},
+        known.to(device),
+        targets.to(device),
+        config.loss,
+        CHUNK.get(config.method),
+    )
+    return train(problem, config.schedule, config.seed, stored, on_epoch)

@@ -1,0 +1,153 @@
+"""The populations of CNNs that tasks share: which, how they are split, and how metanetworks read them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ngcore.data import cifar10_gs, wild_park
+from ngcore.data.cnn import Architecture
+from ngcore.data.populations import Population
+from ngcore.graph import NeuralGraph, Wiring
+from ngcore.graph.cnn import cnn
+from ngcore.graph.collection import Collection, Frame
+from ngcore.models.baselines.stat_nn import statistics
+from ngcore.study.runs import Record, cache_directory, environment, run_hash, tensor_digest
+
+# Shares of the training runs that metanetworks train on and are selected on; the rest is for testing. Of CIFAR10-GS
+# half is, as in the paper; for the Wild Park it does not say.
+SHARES = {"cifar10_gs": (0.4, 0.1), "cifar10_wild_park": (0.6, 0.15)}
+
+
+@dataclass(frozen=True)
+class Zoo:
+    """A population: training runs 0 to `runs` - 1 of a recipe."""
+
+    runs: int
+    recipe: cifar10_gs.Recipe | wild_park.Recipe
+
+    @property
+    def dataset(self) -> str:
+        return "cifar10_gs" if isinstance(self.recipe, cifar10_gs.Recipe) else "cifar10_wild_park"
+
+    def population(self, *, workers: int = 1, compiled: bool = False) -> Population:
+        """The networks; trained where they are not stored yet."""
+        if isinstance(self.recipe, cifar10_gs.Recipe):
+            return cifar10_gs.generate_zoo(self.recipe, self.runs, cache_directory(), workers, compiled=compiled)
+        return wild_park.generate_park(self.recipe, self.runs, cache_directory(), workers)
+
+
+def wiring_of(architecture: Architecture, hide_activations: bool = False) -> Wiring:
+    """The wiring of a zoo's CNN; with activations hidden all of them are called "relu"."""
+    a = architecture
+    activation = ["relu"] * len(a.activation) if hide_activations else a.activation
+    return cnn(a.channels, a.kernel_size, activation, a.residual, a.classes)
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The networks of one or several zoos in the forms that metanetworks read, all in the order of the table.
+
+    Attributes:
+        table: a row per network, with its `dataset`.
+        graphs: of one wiring each, with one batch axis.
+        digest: of all parameters and of what the table says.
+    """
+
+    table: pd.DataFrame
+    graphs: tuple[NeuralGraph, ...]
+    digest: str
+
+    @cached_property
+    def frame(self) -> Frame:
+        return Frame.of({graph.wiring for graph in self.graphs})
+
+    @cached_property
+    def collection(self) -> Collection:
+        return Collection(self.graphs, self.frame)
+
+    @cached_property
+    def statistics(self) -> Float[Tensor, "networks features"]:
+        return statistics(self.graphs, self.frame)
+
+    @cached_property
+    def stacked(self) -> NeuralGraph:
+        """One graph of all networks, which must have the same shapes; activations are called as the first one's.
+
+        Raises:
+            ValueError: the networks have different shapes.
+        """
+        states = [graph.state_dict() for graph in self.graphs]
+        shapes = {tuple((name, tuple(values.shape[1:])) for name, values in state.items()) for state in states}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"networks of {len(shapes)} different shapes can't be stacked: only graph models read them"
+            )
+        return self.graphs[0].wiring.graph({name: torch.cat([state[name] for state in states]) for name in states[0]})
+
+
+@cache
+def load(zoos: tuple[Zoo, ...], hide_activations: bool = False) -> Networks:
+    """All networks of these zoos; kept for the process's further runs."""
+    tables, graphs = [], []
+    for zoo in zoos:
+        population = zoo.population()
+        tables.append(population.table.assign(dataset=zoo.dataset))
+        graphs += [
+            wiring_of(part.architecture, hide_activations).graph(part.parameters)
+            for part in population.parts
+            if len(part)
+        ]
+    table = pd.concat(tables, ignore_index=True)
+    told = table.to_json(orient="records").encode()
+    tensors = [values for graph in graphs for values in graph.state_dict().values()]
+    digest = tensor_digest([*tensors, torch.frombuffer(bytearray(told), dtype=torch.uint8)])
+    return Networks(table, tuple(graphs), digest)
+
+
+def split_rows(table: pd.DataFrame) -> dict[str, Int[Tensor, " networks"]]:
+    """Rows of "train", "validation" and "test", by whole training runs, the same for all seeds."""
+    of_row = pd.Series("test", index=table.index)
+    for dataset, rows in table.groupby("dataset"):
+        runs = np.random.default_rng(0).permutation(np.sort(rows["run"].unique()))
+        train, validation = (round(share * len(runs)) for share in SHARES[dataset])
+        of_row[rows.index[rows["run"].isin(runs[:train])]] = "train"
+        of_row[rows.index[rows["run"].isin(runs[train : train + validation])]] = "validation"
+    return {
+        split: torch.tensor(np.flatnonzero(of_row == split), dtype=torch.long)
+        for split in ("train", "validation", "test")
+    }
+
+
+def population_record(zoo: Zoo) -> Record:
+    """What figures show of a population, as a record that is kept beside those of the runs."""
+    networks = load((zoo,))
+    config = {"task": "cnn_zoos", "dataset": zoo.dataset, "method": "population", "seed": 0, "data": asdict(zoo)}
+    return {
+        "hash": run_hash(config, networks.digest),
+        "config": config,
+        "data": networks.digest,
+        "metrics": {
+            "accuracy": networks.table["accuracy"].round(4).tolist(),
+            "layers": networks.table["layers"].tolist(),
+            "runs_without_networks": zoo.runs - networks.table["run"].nunique(),
+        },
+        "environment": environment("cpu") | {"train_seconds": 0.0},
+    }
+
+
+def sizes_in_words(zoos: Sequence[Zoo]) -> str:
+    """How the populations were made, for captions."""
+    words = {
+        "cifar10_gs": "CIFAR10-GS: {runs:,} networks, {train_images:,} images, {steps:,} steps of 32",
+        "cifar10_wild_park": "Wild Park: {runs:,} networks, {train_images:,} images, {epochs} epochs, "
+        "{checkpoints} checkpoints each",
+    }
+    return "; ".join(words[zoo.dataset].format(runs=zoo.runs, **asdict(zoo.recipe)) for zoo in zoos)
