@@ -26,7 +26,7 @@ GROUP = {"cpu": 4, "cuda": PART}  # networks per tensor program: on a CPU the wo
 MAX_NETWORKS = 1_000_000  # of one seed
 GREY = (0.299, 0.587, 0.114)  # luma of red, green and blue (ITU-R BT.601)
 
-Labelled = tuple[Float[Tensor, "n 32 32"], Int[Tensor, " n"]]
+Labelled = tuple[Float[Tensor, "_ 32 32"], Int[Tensor, " _"]]
 
 
 @dataclass(frozen=True)

@@ -189,11 +189,15 @@ def _logits(p: dict[str, Tensor], features: Float[Tensor, "n 16 b"]) -> Float[Te
 
 
 def _gradient(
-    flat: Tensor, images: Tensor, labels: Tensor, kept: Tensor, activation: Activation
+    flat: Float[Tensor, "n 4970"],
+    images: Float[Tensor, "1024 n_b"],
+    labels: Int[Tensor, "n b"],
+    kept: Float[Tensor, "n 16 b"],
+    activation: Activation,
 ) -> Float[Tensor, "n 4970"]:
-    """The gradient of every network's cross entropy. `kept` multiplies the pooled features: dropout.
+    """The gradient of every network's cross entropy, written out: the columns of the forward pass serve it too.
 
-    The backward pass is written out: the columns of the forward pass serve it too.
+    `images` holds the networks' batches side by side; `kept` multiplies the pooled features, which is dropout.
     """
     p = unflatten(flat)
     forward = _convolve(p, images.unflatten(1, labels.shape).unflatten(0, (SIDE, SIDE)).permute(2, 0, 1, 3), activation)

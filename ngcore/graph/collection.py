@@ -100,7 +100,7 @@ class Stack:
     Shapes:
         targets: (blocks, targets of a block) rows of the batch's nodes
         sources: (blocks, sources of a block)
-        target_hops, source_hops: (blocks,) blocks between their groups and the outputs on the shortest way, in any direction
+        target_hops, source_hops: (blocks,) blocks on the shortest way from their groups to the outputs, any direction
         edges: which of the batch's edges, those of a block together, targets before sources
     """
 

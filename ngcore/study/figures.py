@@ -206,6 +206,36 @@ def picture_rows(rows: Mapping[str, ArrayLike]) -> Figure:
     return fig
 
 
+def histograms(values: Mapping[str, Sequence[float]], *, xlabel: str, ylabel: str, bins: int = 30) -> Figure:
+    """A histogram per name, side by side, on one horizontal axis, with the number of values and their median."""
+    fig, axes = plt.subplots(1, len(values), figsize=(4.6 * len(values), 3.0), sharex=True, squeeze=False)
+    everything = np.concatenate([np.asarray(own) for own in values.values()])
+    edges = np.linspace(everything.min(), everything.max() + 1e-9, bins + 1)
+    for (name, own), ax in zip(values.items(), axes[0], strict=True):
+        ax.hist(own, edges, color=sns.color_palette("colorblind")[0], alpha=0.8)
+        ax.axvline(np.median(own), color="black", linestyle="dashed", label=f"median {np.median(own):.1f}")
+        ax.set(title=f"{name} ({len(own):,})", xlabel=xlabel, ylabel=ylabel)
+        ax.legend()
+    return fig
+
+
+def predicted_against_true(
+    rows: Mapping[str, tuple[ArrayLike, ArrayLike]], axes: Sequence[Axes], quantity: str
+) -> None:
+    """Predictions against what is true, a panel per method; on the dashed line both are the same.
+
+    Args:
+        rows: method -> (predicted, true), in the unit that `quantity` names.
+    """
+    low = min(np.min(values) for pair in rows.values() for values in pair)
+    high = max(np.max(values) for pair in rows.values() for values in pair)
+    for (method, (predicted, true)), ax in zip(rows.items(), axes, strict=True):
+        ax.plot([low, high], [low, high], color="grey", linestyle="dashed", zorder=1)
+        ax.scatter(true, predicted, s=6, alpha=0.5, color=_colour(method), linewidths=0, zorder=2, rasterized=True)
+        ax.set(title=method, xlabel=f"True {quantity}", aspect="equal")
+    axes[0].set_ylabel(f"Predicted {quantity}")
+
+
 def confusion(matrix: np.ndarray, ax: Axes, labels: Sequence[str]) -> None:
     """A confusion matrix in per cent of each true class.
 

@@ -29,10 +29,19 @@ _HEADINGS = {
     "probes": "Probe features",
     "networks": "Networks",
     "edit": "Edit",
+    "loss": "Loss",
+    "trained_on": "Trained on",
+    "tested_on": "Tested on",
+    "split": "Trained on",
+    "target": "Target",
     "mean": "Ours",
     "seeds": "Seeds",
     "paper_mean": "Paper",
 }
+
+# Columns of words, which stand at the left, and those whose every combination has a best value of its own.
+_WORDS = ("dataset", "method", "loss", "trained_on", "tested_on", "split", "target")
+_APART = ("dataset", "split", "tested_on", "target")
 
 _LATEX = {
     **{character: f"\\{character}" for character in "&%$#_{}"},
@@ -184,8 +193,8 @@ def write_table(
 ) -> None:
     """Write `name.csv` (six significant digits), `name.tex` (booktabs) and `name.md` into `directory`.
 
-    In LaTeX and Markdown a value is "mean ± std" with `decimals` digits; of each data set the best of ours
-    and the best of the paper's are bold. The caption should state the scale: see `describe_scale`.
+    In LaTeX and Markdown a value is "mean ± std" with `decimals` digits; of each data set (split, target) the
+    best of ours and the best of the paper's are bold. The caption should state the scale: see `describe_scale`.
     """
     text = _as_text(table, decimals)
     bold = _best(table, decimals, lower_is_better)
@@ -215,7 +224,8 @@ def _best(table: pd.DataFrame, decimals: int, lower_is_better: bool) -> pd.DataF
     best = pd.DataFrame(False, index=table.index, columns=table.columns)
     for column in table.columns.intersection(["mean", "paper_mean"]):
         shown = table[column].round(decimals)
-        rows = shown.groupby(table["dataset"]) if "dataset" in table else shown.groupby(lambda _: 0)
+        apart = [table[name] for name in _APART if name in table]
+        rows = shown.groupby(apart or (lambda _: 0))
         best[column] = shown == rows.transform("min" if lower_is_better else "max")
     return best
 
@@ -226,7 +236,7 @@ def _latex(text: pd.DataFrame, bold: pd.DataFrame, name: str, caption: str) -> s
         return rf"\textbf{{{value}}}" if bold.at[row, column] else value
 
     rows = [" & ".join(cell(row, column) for column in text) + r" \\" for row in text.index]
-    alignment = "".join("l" if column in ("dataset", "method") else "r" for column in text)
+    alignment = "".join("l" if column in _WORDS else "r" for column in text)
     lines = [
         r"\begin{table}",
         r"\centering",
@@ -255,7 +265,7 @@ def _markdown(text: pd.DataFrame, bold: pd.DataFrame, caption: str) -> str:
 
     table = [
         [_HEADINGS.get(column, column) for column in text],
-        ["---" if column in ("dataset", "method") else "---:" for column in text],
+        ["---" if column in _WORDS else "---:" for column in text],
         *([cell(row, column) for column in text] for row in text.index),
     ]
     return "\n".join([caption, "", *("| " + " | ".join(row) + " |" for row in table)]) + "\n"

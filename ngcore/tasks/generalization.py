@@ -6,14 +6,14 @@ And what else can be told from them: other targets, all within 0 and 1, are pred
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy.stats import kendalltau
 from torch import Tensor, nn
 
@@ -21,12 +21,9 @@ from ngcore.graph import NeuralGraph
 from ngcore.models.baselines import NFN, StatNN
 from ngcore.models.heterogeneous import HeterogeneousNGGNN, HeterogeneousNGT
 from ngcore.study.runs import Record, StoredRun, cache_directory
+from ngcore.study.tables import summarize
 from ngcore.study.training import Schedule, train
 from ngcore.tasks.zoos import Networks, Zoo, load, split_rows
-
-Loss = Literal["bce", "mse"]
-Target = Literal["accuracy", "activation", "learning_rate", "epoch"]
-Split = Literal["random", "shallow_to_deep", "narrow_to_wide"]
 
 # Networks of like size that are read together: NG-T fills up every network to the largest. None: all of a batch.
 CHUNK = {"NG-T": 8}
@@ -42,18 +39,18 @@ class Config:
     Args:
         dataset: "cifar10_gs", "cifar10_wild_park", or "both" for one model trained on both.
         method: a key of METHODS.
-        loss: on the sigmoid of what the model returns: binary cross entropy or mean squared error.
-        target: what is predicted. Activations are hidden from models that are asked for them.
-        split: "random", or train and select on some shapes and test on the others.
+        loss: on the sigmoid of what the model returns: "bce", binary cross entropy, or "mse", mean squared error.
+        target: what is predicted, as of `targets_of`. Activations are hidden from models that are asked for them.
+        split: "random", or as of `trained_shapes`: train and select on some shapes and test on the others too.
         shuffled: give the training networks each other's targets, so that there is nothing to learn: the control.
         options: further arguments of the model, as pairs.
     """
 
     dataset: str
     method: str
-    loss: Loss
-    target: Target
-    split: Split
+    loss: str
+    target: str
+    split: str
     shuffled: bool
     seed: int
     data: tuple[Zoo, ...]
@@ -67,6 +64,49 @@ class RegressionNFN(NFN):
 
     def fit_normalization(self, graph: NeuralGraph, rows: Int[Tensor, " networks"]) -> None:
         super().fit_normalization(graph[rows])
+
+
+ROWS = {
+    "cifar10_gs": ("StatNN", "NFN_HNP", "NG-GNN", "NG-T"),
+    "cifar10_wild_park": ("StatNN", "NG-GNN", "NG-T"),
+}  # of table 1
+
+
+def configs_of(
+    dataset: str,
+    zoos: Sequence[Zoo],
+    methods: Sequence[str],
+    seeds: int,
+    schedule: Schedule,
+    learning_rates: Mapping[str, float],
+    options: Mapping[str, Mapping[str, Any]],
+    **changes: Any,
+) -> list[Config]:
+    """The runs of some methods on the populations of a data set, "both" for all of them.
+
+    Args:
+        learning_rates, options: method -> its learning rate, further arguments of its model.
+        changes: fields of `Config` that differ from table 1's: binary cross entropy on accuracies, a random split.
+    """
+    fields = {"loss": "bce", "target": "accuracy", "split": "random", "shuffled": False} | changes
+    return [
+        Config(
+            dataset,
+            method,
+            seed=seed,
+            data=tuple(zoo for zoo in zoos if dataset in (zoo.dataset, "both")),
+            schedule=replace(schedule, learning_rate=learning_rates[method]),
+            options=tuple(options.get(method, {}).items()),
+            **fields,
+        )
+        for method in methods
+        for seed in range(seeds)
+    ]
+
+
+def table(records: Sequence[Record], test: str, by: Sequence[str], metric: str = "tau") -> pd.DataFrame:
+    """Mean and standard deviation over seeds of what `test` sets of the records, e.g. "test_cifar10_gs", score."""
+    return summarize(records, metric=f"{test}_{metric}", by=by)
 
 
 Build = Callable[..., nn.Module]
@@ -95,7 +135,7 @@ def build_model(method: str, networks: Networks, **options: Any) -> nn.Module:
     return METHODS[method][0](networks, **options)
 
 
-def targets_of(table: pd.DataFrame, target: Target) -> Float[np.ndarray, " networks"]:
+def targets_of(table: pd.DataFrame, target: str) -> Float[np.ndarray, " networks"]:
     """What is to be predicted, within 0 and 1: an accuracy, "tanh" (1) or "relu" (0), the logarithm of a learning rate
     between the smallest and the largest, the share of the training that is done.
 
@@ -116,7 +156,7 @@ def targets_of(table: pd.DataFrame, target: Target) -> Float[np.ndarray, " netwo
     return values / values.max() if target == "epoch" else values
 
 
-def trained_shapes(table: pd.DataFrame, split: Split) -> Float[np.ndarray, " networks"]:
+def trained_shapes(table: pd.DataFrame, split: str) -> Bool[np.ndarray, " networks"]:
     """Whether a network has one of the shapes that are trained on.
 
     Raises:
@@ -149,7 +189,7 @@ class Prediction:
         rows: Mapping[str, Int[Tensor, " networks"]],
         known: Float[Tensor, " all"],
         targets: Float[Tensor, " all"],
-        loss: Loss,
+        loss: str,
         chunk: int | None,
     ) -> None:
         self.model, self.inputs, self.sizes, self.rows = model, inputs, sizes, rows
@@ -206,7 +246,7 @@ def tau(predicted: Tensor, true: Tensor) -> float:
     return 0.0 if np.isnan(found) else float(found)
 
 
-def rows_of(networks: Networks, split: Split) -> dict[str, Int[Tensor, " networks"]]:
+def rows_of(networks: Networks, split: str) -> dict[str, Int[Tensor, " networks"]]:
     """Rows of every split: "train", "validation", and a test set per population, "test_<dataset>"; where shapes are
     split, test networks of the shapes that are trained on, "same", and of the others, "other".
 
@@ -216,7 +256,7 @@ def rows_of(networks: Networks, split: Split) -> dict[str, Int[Tensor, " network
     table, rows = networks.table, split_rows(networks.table)
     test = rows.pop("test")
 
-    def among(some: Tensor, mask: Sequence[bool]) -> Tensor:
+    def among(some: Tensor, mask: np.ndarray | pd.Series) -> Tensor:
         return some[torch.tensor(np.asarray(mask))[some]]
 
     if split == "random":
@@ -238,7 +278,7 @@ def run(config: Config, on_epoch: Callable[[int, Record], None] = lambda epoch, 
     if record is not None:
         return record
     rows = rows_of(networks, config.split)
-    targets = torch.from_numpy(targets_of(networks.table, config.target)).float()
+    targets = torch.tensor(targets_of(networks.table, config.target), dtype=torch.float32)
     known = targets.clone()
     if config.shuffled:
         generator = torch.Generator().manual_seed(config.seed)
