@@ -29,6 +29,7 @@ from ngcore.bench.harness import (
     table_row,
     write_json,
 )
+from ngcore.bench.zoo import ZOO_ROWS
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -315,6 +316,7 @@ BENCHMARKS: dict[str, list[Benchmark]] = {
         Benchmark("NFN_HNP editing float32", "networks/s", our_editing_nfn, None),
     ],
     "graph": GRAPH_ROWS,
+    "zoo": ZOO_ROWS,
 }
 NOTES = {"graph": GRAPH_NOTE}
 

@@ -1,7 +1,7 @@
-"""Workloads of `python -m ngcore.bench zoo`: training the CNNs of the Small CNN Zoo.
+"""Workloads of `python -m ngcore.bench zoo`: training small CNNs, and metanetworks that read those of the Wild Park.
 
-Ours is what the generator of a zoo does on two cores: two processes of one thread each, each training groups of
-networks. The harness's own worker is one of them and starts the other; the memory that it tells is its own.
+The generator of a zoo runs two processes of one thread each on two cores, each training groups of networks. The
+harness's own worker is one of them and starts the other; the memory that it tells is its own.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ from typing import TYPE_CHECKING
 from ngcore.bench.harness import Benchmark, Workload
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
+
+    from ngcore.graph import NeuralGraph
 
 NUM_IMAGES = 5_000  # as many as the embedded subset of CIFAR-10 has
 GROUP = 4  # networks per tensor program
 BATCH = 32
 STEPS = 256
 PLAIN_STEPS = 30  # of one network by each optimizer
+PARK_BATCHES = 2  # of 32 networks, each of an architecture of its own
 
 
 def our_training(activation: str) -> Workload:
@@ -91,6 +94,75 @@ def random_images() -> tuple[Tensor, Tensor]:
     return images, torch.randint(10, (NUM_IMAGES,), generator=generator)
 
 
+def park_graphs() -> list[NeuralGraph]:
+    """Graphs of randomly initialized Wild Park CNNs, one of every run's architecture."""
+    import torch
+
+    from ngcore.data.cnn import CNN
+    from ngcore.data.wild_park import draw_architecture
+    from ngcore.tasks.zoos import wiring_of
+
+    torch.manual_seed(0)
+    architectures = [draw_architecture(0, run) for run in range(PARK_BATCHES * BATCH)]
+    return [
+        wiring_of(architecture).graph({name: values[None] for name, values in CNN(architecture).state_dict().items()})
+        for architecture in architectures
+    ]
+
+
+def our_park(method: str) -> Workload:
+    """Training steps on networks of many shapes; putting their batches together is part of them."""
+    import torch
+
+    from ngcore.graph.collection import Collection
+    from ngcore.models.heterogeneous import HeterogeneousNGGNN, HeterogeneousNGT
+    from ngcore.tasks.generalization import CHUNK
+
+    networks = Collection(park_graphs())
+    rows = torch.arange(len(networks))
+    model = {"NG-GNN": HeterogeneousNGGNN, "NG-T": HeterogeneousNGT}[method](networks.frame)
+    model.fit_normalization(networks, rows)
+    batches = [own[networks.sizes[own].argsort()] for own in rows.split(BATCH)]
+    return park_training(
+        model,
+        [[partial(networks.__getitem__, some) for some in own.split(CHUNK.get(method, BATCH))] for own in batches],
+    )
+
+
+def plain_park(method: str) -> Workload:
+    """The same with torch_geometric; its batches are put together beforehand."""
+    import torch
+
+    from ngcore.bench.plain_heterogeneous import PlainHeterogeneousNGGNN, PlainHeterogeneousNGT, to_batch, to_data_list
+    from ngcore.graph.collection import Frame
+
+    torch.manual_seed(0)
+    graphs = park_graphs()
+    frame = Frame.of({graph.wiring for graph in graphs})
+    model = {"NG-GNN": PlainHeterogeneousNGGNN, "NG-T": PlainHeterogeneousNGT}[method](frame)
+    made = to_batch if method == "NG-GNN" else to_data_list
+    batches = [made(graphs[first : first + BATCH], frame) for first in range(0, len(graphs), BATCH)]
+    return park_training(model, [[lambda batch=batch: batch] for batch in batches])
+
+
+def park_training(model: nn.Module, batches: list[list[Callable[[], object]]]) -> Workload:
+    """A training step per batch, whose parts are read one after the other."""
+    import torch
+    import torch.nn.functional as F
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=5e-4, amsgrad=True)
+
+    def run() -> None:
+        for parts in batches:
+            optimizer.zero_grad()
+            for part in parts:
+                scores = model(part())
+                F.binary_cross_entropy_with_logits(scores, torch.full_like(scores, 0.3), reduction="sum").backward()
+            optimizer.step()
+
+    return Workload(run, len(batches) * BATCH)
+
+
 ZOO_ROWS = [
     Benchmark(
         f"Small CNN Zoo, {activation}, batch {BATCH} (reference on {threads} of 2 cores)",
@@ -100,6 +172,9 @@ ZOO_ROWS = [
     )
     # at this batch size a second thread helps little, and it waits for long where other work keeps a core busy
     for activation, threads in (("relu", 1), ("tanh", 1), ("relu", 2))
+] + [
+    Benchmark(f"{method} on Wild Park CNNs", "networks/s", partial(our_park, method), partial(plain_park, method))
+    for method in ("NG-GNN", "NG-T")
 ]
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ REPORTED = Path(__file__).resolve().parents[2] / "data" / "reported.yaml"
 # In the papers' order, weakest idea first; other methods follow in alphabetical order.
 METHODS = (
     *("no edit", "MLP", "SetNN", "StatNN", "Adam", "FF", "LSTM", "DWSNet", "DWSNet_mean", "NFN", "NFN_HNP", "NFN_NP"),
-    *("NG-GNN", "NG-GNN_without", "NG-T", "NG-T_without"),
+    *("NG-GNN", "NG-GNN_Fourier", "NG-GNN_without", "NG-T", "NG-T_without"),
 )
 
 _HEADINGS = {

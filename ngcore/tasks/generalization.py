@@ -28,6 +28,7 @@ from ngcore.tasks.zoos import Networks, Zoo, load, split_rows
 # Networks of like size that are read together: NG-T fills up every network to the largest. None: all of a batch.
 CHUNK = {"NG-T": 8}
 EVALUATION_BATCH = 64
+FOURIER = 0.1  # scale of the Fourier frequencies of "NG-GNN_Fourier", the better of 0.1 and 1 in a trial
 SHALLOW = 3  # convolutions, at most
 NARROW = 14  # channels on average, at most
 
@@ -120,6 +121,10 @@ METHODS: dict[str, tuple[Build, Inputs]] = {
         lambda networks: networks.stacked,
     ),
     "NG-GNN": (lambda networks, **o: HeterogeneousNGGNN(networks.frame, **o), lambda networks: networks.collection),
+    "NG-GNN_Fourier": (
+        lambda networks, **o: HeterogeneousNGGNN(networks.frame, sigma=FOURIER, **o),
+        lambda networks: networks.collection,
+    ),
     "NG-T": (lambda networks, **o: HeterogeneousNGT(networks.frame, **o), lambda networks: networks.collection),
 }
 
