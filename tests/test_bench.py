@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from ngcore.bench import __main__ as command
+from ngcore.bench import zoo
 from ngcore.bench.harness import (
     REPETITIONS,
     SECONDS,
@@ -199,11 +200,21 @@ def test_editing_rows_train(row, monkeypatch):
         assert workload.items == counts[factory]
 
 
+@pytest.mark.parametrize("method", ["NG-GNN", "NG-T"])
+def test_park_rows_train_the_same_model_on_the_same_networks(method, monkeypatch):
+    monkeypatch.setattr(zoo, "PARK_BATCHES", 1)
+    monkeypatch.setattr(zoo, "BATCH", 4)
+    for factory in (zoo.our_park, zoo.plain_park):
+        workload = factory(method)
+        workload.run()
+        assert workload.items == 4
+
+
 def test_run_as_a_script_workers_find_their_workloads(monkeypatch, capsys):
     name = "ngcore.bench.__main__"
     factories = [f for rows in command.BENCHMARKS.values() for row in rows for f in (row.ours, row.reference) if f]
     modules = {getattr(factory, "func", factory).__module__ for factory in factories}
-    assert modules == {name, "ngcore.bench.graph"}
+    assert modules == {name, "ngcore.bench.graph", "ngcore.bench.zoo"}
     monkeypatch.setitem(command.BENCHMARKS, "fake", [benchmark()])
     monkeypatch.setattr(sys, "argv", [name, "fake"])
     with pytest.raises(SystemExit, match="0"):

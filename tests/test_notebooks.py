@@ -14,6 +14,11 @@ ARTEFACTS = {
         *("table_5", "table_networks", "table_edit", "table_transfer", "figure_2c", "figure_edited", "figure_networks"),
         *("figure_edit", "figure_training_editing"),
     ],
+    "03": [
+        *("table_1", "table_control", "table_losses", "table_joint", "table_shapes", "table_probing"),
+        *("figure_populations", "figure_park_graphs", "figure_training_generalization"),
+        *("figure_predictions_cifar10_gs", "figure_predictions_cifar10_wild_park"),
+    ],
 }
 
 
@@ -40,3 +45,10 @@ def test_notebook(number, tmp_path, monkeypatch):
         assert table["method"].tolist()[:2] == ["no edit", "DWSNet"]
         assert len(table) == 13
         assert (table["mean"] > 0).all()
+    if number == "03":
+        table = pd.read_csv(directory / "table_1.csv")
+        assert table["method"].tolist() == [
+            *("StatNN", "NFN_HNP", "NG-GNN", "NG-GNN_Fourier", "NG-T"),
+            *("StatNN", "NG-GNN", "NG-GNN_Fourier", "NG-T"),
+        ]
+        assert table["mean"].between(-1, 1).all()

@@ -273,7 +273,8 @@ def test_a_population_is_stored_and_extended(tmp_path, threads):
 def test_a_failing_maker_does_not_stop_the_others(tmp_path, threads):
     makers = {"a": fail, "b": networks, "c": fail, "d": networks}
     with pytest.raises(
-        GenerationFailed, match=r"(?s)2 of 4 parts failed:.*/a: RuntimeError\('no such network'\)\n.*/c: "
+        GenerationFailed,
+        match=r"(?s)2 of 4 parts failed:.*/a.safetensors: RuntimeError\('no such network'\)\n.*/c.safetensors: ",
     ):
         generate(tmp_path, makers, workers=1, title="test")
     assert {path.name for path in tmp_path.iterdir()} == {"b.safetensors", "d.safetensors"}

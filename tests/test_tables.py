@@ -128,6 +128,14 @@ def test_best_is_per_data_set_ties_as_displayed_and_can_be_lowest(tmp_path):
     assert "| mnist | SetNN | 0 | 2.0 | 1 |" in markdown
 
 
+def test_best_is_per_target_and_split_where_there_are_several(tmp_path):
+    columns = {"target": ["epoch", "epoch", "activation"], "method": ["StatNN", "NG-T", "NG-T"], "seeds": [1, 1, 1]}
+    table = pd.DataFrame(columns | {"mean": [0.2, 0.4, 0.9], "std": [math.nan] * 3})
+    write_table(table, tmp_path, "t", "caption", decimals=1)
+    rows = (tmp_path / "t.md").read_text().splitlines()[4:]
+    assert [("**" in row) for row in rows] == [False, True, True]
+
+
 def test_special_characters(tmp_path):
     records = [record("50%_a&b|{x}", 0, 0, 1.0, dataset="a\\b~c^d#$")]
     write_table(summarize(records, metric="accuracy"), tmp_path, "t", "τ of 2 × 3")
@@ -196,3 +204,25 @@ def test_confusion_is_in_per_cent_of_the_true_class(ax):
 def test_confusion_must_fit_its_labels(ax):
     with pytest.raises(ValueError, match=r"3 labels need a matrix of 3 x 3, not \(2, 2\)"):
         figures.confusion(np.eye(2), ax, ["a", "b", "c"])
+
+
+def test_histograms_hold_every_value():
+    values = {"one": [1.0, 2.0, 2.0, 5.0], "other": [3.0, 5.0]}
+    fig = figures.histograms(values, xlabel="Test accuracy (%)", ylabel="Networks")
+    for (name, own), ax in zip(values.items(), fig.axes, strict=True):
+        assert sum(bar.get_height() for bar in ax.patches) == len(own)
+        assert ax.get_title() == f"{name} ({len(own)})"
+        assert ax.get_lines()[0].get_xdata()[0] == np.median(own)
+    plt.close(fig)
+
+
+def test_predictions_are_drawn_against_the_truth():
+    fig, axes = plt.subplots(1, 2)
+    rows = {"StatNN": ([10.0, 30.0], [20.0, 40.0]), "NG-T": ([15.0, 35.0], [20.0, 40.0])}
+    figures.predicted_against_true(rows, axes, "accuracy (%)")
+    for (method, (predicted, true)), ax in zip(rows.items(), axes, strict=True):
+        np.testing.assert_array_equal(ax.collections[0].get_offsets(), np.stack([true, predicted], axis=1))
+        assert ax.get_title() == method
+        assert ax.get_xlabel() == "True accuracy (%)"
+        np.testing.assert_array_equal(ax.get_lines()[0].get_xdata(), [10, 40])
+    plt.close(fig)

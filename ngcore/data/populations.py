@@ -158,33 +158,41 @@ def generate(
     directory.mkdir(parents=True, exist_ok=True)
     paths = {name: directory / f"{name}.safetensors" for name in makers}
     missing = {name: path for name, path in paths.items() if not path.exists()}
-    failures: dict[str, BaseException] = {}
-    with tqdm(total=len(makers), initial=len(makers) - len(missing), desc=title, unit="part") as bar:
-        networks, accuracy = 0, 0.0
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(max(1, workers), context, _start_worker) as pool:
-            try:
-                futures = {pool.submit(_make, makers[name], path): name for name, path in missing.items()}
-                for future in as_completed(futures):
-                    bar.update()
-                    if future.exception() is not None:
-                        failures[futures[future]] = future.exception()
-                        continue
-                    found = future.result()
-                    networks, accuracy = networks + len(found), accuracy + sum(found)
-                    bar.set_postfix_str(f"{networks} networks, mean accuracy {accuracy / max(1, networks):.3f}")
-            except BaseException:  # the stop button: let go of the parts that wait
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-    if failures:
-        reasons = "\n".join(f"{directory / name}: {error!r}" for name, error in failures.items())
-        raise GenerationFailed(f"{len(failures)} of {len(makers)} parts failed:\n{reasons}") from next(
-            iter(failures.values())
-        )
+    if missing:
+        failures = _make_all({path: makers[name] for name, path in missing.items()}, workers, title)
+        if failures:
+            reasons = "\n".join(f"{path}: {error!r}" for path, error in failures.items())
+            first = next(iter(failures.values()))
+            raise GenerationFailed(f"{len(failures)} of {len(makers)} parts failed:\n{reasons}") from first
     population = Population(tuple(read_part(path) for path in paths.values()))
     if missing:
         _write_table(directory / "table.csv", population.table)
     return population
+
+
+def _make_all(makers: Mapping[Path, Callable[[], Checkpoints]], workers: int, title: str) -> dict[Path, BaseException]:
+    """Make and store parts in other processes; those that failed, and why."""
+    failures: dict[Path, BaseException] = {}
+    accuracies: list[float] = []
+    context = multiprocessing.get_context("spawn")
+    with (
+        tqdm(total=len(makers), desc=title, unit="part") as bar,
+        ProcessPoolExecutor(max(1, workers), context, _start_worker) as pool,
+    ):
+        try:
+            futures = {pool.submit(_make, maker, path): path for path, maker in makers.items()}
+            for future in as_completed(futures):
+                bar.update()
+                if future.exception() is not None:
+                    failures[futures[future]] = future.exception()
+                    continue
+                accuracies += future.result()
+                mean = sum(accuracies) / max(1, len(accuracies))
+                bar.set_postfix_str(f"{len(accuracies)} networks, mean accuracy {mean:.3f}")
+        except BaseException:  # the stop button: let go of the parts that wait
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return failures
 
 
 def _start_worker() -> None:

@@ -8,6 +8,7 @@ neighbours in the batch. A batch is put together by index arithmetic alone, with
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ngcore.graph.data import kernel_places, largest_kernel
 from ngcore.graph.neural_graph import NeuralGraph
-from ngcore.graph.wiring import Group, Wiring
+from ngcore.graph.wiring import Block, Group, Wiring
 
 
 @dataclass(frozen=True)
@@ -308,64 +309,71 @@ def _ranges(first: Tensor, count: Tensor) -> Tensor:
 
 def _layouts(wirings: Sequence[Wiring], frame: Frame) -> _Layouts:
     """Read once what every wiring's graphs look like."""
-    nodes: dict[str, list[int]] = {name: [] for name in ("node_slot", "position", "activation")}
-    parts: dict[str, list[int]] = {
-        name: []
-        for name in (
-            *("shape", "offset", "kernel", "slot"),
-            *("target_hops", "source_hops", "first_target", "first_source"),
-        )
-    }
-    of: dict[str, list[Any]] = {name: [] for name in ("output", "num_nodes", "first_node", "num_parts", "first_part")}
-    places: list[int] = []
+    columns: defaultdict[str, list[Any]] = defaultdict(list)
     shapes: dict[tuple[int, int], int] = {}
     kernels: dict[tuple[int, ...], int] = {}
     for wiring in wirings:
-        of["first_node"].append(len(nodes["position"]))
-        of["first_part"].append(len(parts["shape"]))
-        of["num_nodes"].append(wiring.num_nodes)
-        ends = [wiring.offsets[g] + i for g in wiring.with_role("output") for i in range(wiring.groups[g].size)]
-        of["output"].append(ends)
-        for group in wiring.groups:
-            slot = frame.slot(group) if group.bias is not None else 0
-            nodes["node_slot"] += [slot] * group.size
-            nodes["position"] += frame.position(group)
-            nodes["activation"] += [frame.activation(group)] * group.size
+        columns["first_node"].append(len(columns["position"]))
+        columns["first_part"].append(len(columns["shape"]))
+        columns["num_nodes"].append(wiring.num_nodes)
+        _add_nodes(columns, wiring, frame)
         offset, hops = 0, _hops_to_outputs(wiring)
         for block in wiring.blocks:
-            source, target = wiring.edge_index(block)
-            t, s = (
-                (wiring.groups[group].size if own is None else len(own)) // block.groups
-                for group, own in ((block.target, block.target_nodes), (block.source, block.source_nodes))
-            )
-            if block.weight is None or block.view is None or len(block.view.size) == 3:
-                width = 1
-            else:
-                width = math.prod(block.view.size[3:])
-            if width > 1 and not block.kernel:
-                raise ValueError(f"parameter {block.weight} has {width} numbers an edge, but no kernel")
-            source, target = source.view(block.groups, t, s), target.view(block.groups, t, s)
-            for group in range(block.groups):
-                parts["shape"].append(shapes.setdefault((t, s), len(shapes)))
-                parts["offset"].append(offset)
-                parts["kernel"].append(kernels.setdefault(block.kernel, len(kernels)))
-                parts["slot"].append(frame.slot(wiring.groups[block.target]) if block.weight is not None else 0)
-                parts["target_hops"].append(hops[block.target])
-                parts["source_hops"].append(hops[block.source])
-                parts["first_source"].append(len(places))
-                places += source[group, 0].tolist()
-                parts["first_target"].append(len(places))
-                places += target[group, :, 0].tolist()
-                offset += t * s * width
-        of["num_parts"].append(len(parts["shape"]) - of["first_part"][-1])
-    tensors = {name: torch.tensor(values) for name, values in {**nodes, **parts, **of}.items()}
+            offset += _add_parts(columns, wiring, block, frame, offset, hops, shapes, kernels)
+        columns["num_parts"].append(len(columns["shape"]) - columns["first_part"][-1])
     return _Layouts(
-        **tensors,
-        places=torch.tensor(places),
+        **{name: torch.tensor(values) for name, values in columns.items()},
         kernels=torch.stack([_window(kernel, frame.window) for kernel in kernels]),
         widths=torch.tensor([math.prod(kernel) for kernel in kernels]),
         shapes=tuple(shapes),
     )
+
+
+def _add_nodes(columns: dict[str, list[Any]], wiring: Wiring, frame: Frame) -> None:
+    outputs = wiring.with_role("output")
+    columns["output"].append([wiring.offsets[g] + i for g in outputs for i in range(wiring.groups[g].size)])
+    for group in wiring.groups:
+        slot = frame.slot(group) if group.bias is not None else 0
+        columns["node_slot"] += [slot] * group.size
+        columns["position"] += frame.position(group)
+        columns["activation"] += [frame.activation(group)] * group.size
+
+
+def _add_parts(
+    columns: dict[str, list[Any]],
+    wiring: Wiring,
+    block: Block,
+    frame: Frame,
+    offset: int,
+    hops: list[int],
+    shapes: dict[tuple[int, int], int],
+    kernels: dict[tuple[int, ...], int],
+) -> int:
+    """Add a block's parts, whose numbers begin at `offset`; how many numbers it has.
+
+    Raises:
+        ValueError: an edge has several numbers that are no kernel.
+    """
+    t, s = (
+        (wiring.groups[group].size if nodes is None else len(nodes)) // block.groups
+        for group, nodes in ((block.target, block.target_nodes), (block.source, block.source_nodes))
+    )
+    width = math.prod(block.view.size[3:]) if block.view is not None else 1
+    if width != math.prod(block.kernel):
+        raise ValueError(f"parameter {block.weight} has {width} numbers an edge, but its kernel is {block.kernel}")
+    source, target = (ends.view(block.groups, t, s) for ends in wiring.edge_index(block))
+    for part in range(block.groups):
+        columns["shape"].append(shapes.setdefault((t, s), len(shapes)))
+        columns["offset"].append(offset + part * t * s * width)
+        columns["kernel"].append(kernels.setdefault(block.kernel, len(kernels)))
+        columns["slot"].append(frame.slot(wiring.groups[block.target]) if block.weight is not None else 0)
+        columns["target_hops"].append(hops[block.target])
+        columns["source_hops"].append(hops[block.source])
+        columns["first_source"].append(len(columns["places"]))
+        columns["places"] += source[part, 0].tolist()
+        columns["first_target"].append(len(columns["places"]))
+        columns["places"] += target[part, :, 0].tolist()
+    return block.groups * t * s * width
 
 
 def _hops_to_outputs(wiring: Wiring) -> list[int]:
