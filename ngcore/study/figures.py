@@ -220,7 +220,7 @@ def histograms(values: Mapping[str, Sequence[float]], *, xlabel: str, ylabel: st
 
 
 def predicted_against_true(
-    rows: Mapping[str, tuple[ArrayLike, ArrayLike]], axes: Sequence[Axes], quantity: str
+    rows: Mapping[str, tuple[ArrayLike, ArrayLike]], axes: Sequence[Axes] | np.ndarray, quantity: str
 ) -> None:
     """Predictions against what is true, a panel per method; on the dashed line both are the same.
 
