@@ -26,7 +26,7 @@ def _own_rules():
 
 
 @pytest.mark.usefixtures("_own_rules")
-@pytest.mark.parametrize(("title", "blocks"), [("Explore", 2), ("Bring your own network", 4)])
+@pytest.mark.parametrize(("title", "blocks"), [("Explore", 3), ("Bring your own network", 4)])
 def test_code_runs_in_order(title, blocks):
     found = code_of(title)
     assert len(found) == blocks

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,13 @@ from ngcore.models.ng_t import EVERY, NGTLayer, Widths
 LAYERS = 4
 STATISTICS_BATCH = 256
 WIDTHS = Widths(node=16, edge=8, attention=32, heads=1)  # of NG-T (paper, appendix D.2)
+
+
+class Affine(NamedTuple):
+    """An affine map that is no module's own."""
+
+    weight: Float[Tensor, "width features"]
+    bias: Float[Tensor, " width"]
 
 
 class FrameStandardize(nn.Module):
@@ -127,16 +135,21 @@ class FrameEncoder(nn.Module):
             states = states + self.positions[batch.position]
         return states if self.activations is None else states + self.activations[batch.activation]
 
-    def edges(self, weights: Float[Tensor, "edges features"], copies: tuple[int, ...]) -> Float[Tensor, "edges width"]:
-        """First states of edges whose standardized weights stand in these of the copies [e, eᵀ, e + eᵀ]."""
+    def edges(
+        self, weights: Float[Tensor, "edges features"], copies: tuple[int, ...]
+    ) -> tuple[Float[Tensor, "edges f"], Affine]:
+        """What edges begin with, and the affine map of it to their first states.
+
+        `copies` says in which of [e, eᵀ, e + eᵀ] the standardized weights stand. Without Fourier features the weights
+        themselves are all that is needed: no gradient goes back to them.
+        """
         weight = self.edge_linear.weight @ self.edge_fourier.weight
         bias = self.edge_linear.weight @ self.edge_fourier.bias + self.edge_linear.bias
         if self.edge_frequencies is None:
-            own = weight.unflatten(1, (-1, self.frame.features))[:, copies].sum(1)
-            return F.linear(weights, own, bias)
+            return weights, Affine(weight.unflatten(1, (-1, self.frame.features))[:, copies].sum(1), bias)
         frequencies = self.edge_frequencies.unflatten(0, (-1, self.frame.features))[copies,].sum(0)
         phase = (2 * math.pi) * (weights @ frequencies)
-        return F.linear(torch.cat([phase.cos(), phase.sin()], dim=1), weight, bias)
+        return torch.cat([phase.cos(), phase.sin()], dim=1), Affine(weight, bias)
 
 
 @dataclass(frozen=True)
@@ -189,17 +202,18 @@ class StackedLayer(PNALayer):
         self,
         nodes: Float[Tensor, "nodes 64"],
         messages: Messages,
-        affine: tuple[Tensor, Tensor],
+        film: dict[bool, tuple[Tensor, Tensor]],
         degrees: Float[Tensor, " nodes"],
         scaler: Float[Tensor, " nodes"],
     ) -> Float[Tensor, "nodes 64"]:
-        """New states of the nodes that get messages along all of their edges; `affine` takes FiLM from the edges."""
+        """New states of the nodes that get messages along all of their edges; `film` takes FiLM from the edges, by
+        whether messages are reversed."""
         to, of = self.message_terms(nodes)
         index, found = [], []
         for way, edges in messages:
             rows, columns = way.ends(to, of)
-            film = F.linear(edges, *affine).view(*rows.shape[:2], columns.shape[1], 2 * WIDTH)
-            moments = Moments.apply(*film.split(WIDTH, dim=-1), rows, columns, 1 if way.reverse else 2)
+            read = F.linear(edges, *film[way.reverse]).view(*rows.shape[:2], columns.shape[1], 2 * WIDTH)
+            moments = Moments.apply(*read.split(WIDTH, dim=-1), rows, columns, 1 if way.reverse else 2)
             index.append(way.receivers.flatten())
             found.append([m.flatten(0, 1) for m in moments])
         index = torch.cat(index)
@@ -221,13 +235,13 @@ class StackedLayer(PNALayer):
         change = F.linear(torch.cat([nodes, gathered], dim=1), weight, bias)
         return change + scaler.unsqueeze(1) * F.linear(gathered, self.output.weight @ amplified)
 
-    def new_edges(self, nodes: Tensor, messages: Messages, affine: tuple[Tensor, Tensor]) -> Messages:
-        """New states of edges before their output Linear; `affine` is of their old states."""
+    def new_edges(self, nodes: Tensor, messages: Messages, affine: dict[bool, tuple[Tensor, Tensor]]) -> Messages:
+        """New states of edges before their output Linear; `affine` is of their old states, as `film` is."""
         to, of = self.edge_target(nodes), self.edge_source(nodes)
         found = []
         for way, edges in messages:
             rows, columns = way.ends(to, of)
-            state = F.linear(edges, *affine).view(*rows.shape[:2], columns.shape[1], WIDTH)
+            state = F.linear(edges, *affine[way.reverse]).view(*rows.shape[:2], columns.shape[1], WIDTH)
             found.append((way, F.silu(state + rows.unsqueeze(2) + columns.unsqueeze(1)).flatten(0, 2)))
         return found
 
@@ -279,23 +293,26 @@ class HeterogeneousNGGNN(nn.Module):
         biases, weights = self.encoder.standardize(batch)
         nodes = self.encoder.nodes(batch, biases)
         messages: Messages = []
+        before: dict[bool, Affine | nn.Linear | None] = {}
         for reverse, copies in ((False, (0, 2)), (True, (1, 2))):
-            edges = self.encoder.edges(weights, copies)
+            edges, before[reverse] = self.encoder.edges(weights, copies)
+            if edges.shape[1] > WIDTH:  # cheaper to apply the map now than together with the first layer's
+                edges, before[reverse] = F.linear(edges, *before[reverse]), None
             for stack in batch.stacks:
                 hops = stack.source_hops if reverse else stack.target_hops
                 messages.append((Way(stack.targets, stack.sources, hops, reverse), edges[stack.edges]))
         degree = degrees(batch)
         scaler = torch.log(degree + 1) / self.mean_log_degree
         degree = degree.clamp(min=1)  # to divide by: inputs that nothing reads gather nothing
-        before = None
         messages = within(messages, LAYERS - 1)
         for hops, layer in zip(reversed(range(LAYERS)), self.layers, strict=True):
-            weight, bias = layer.edge_affine(before)
-            film, state = (weight[: 2 * WIDTH], bias[: 2 * WIDTH]), (weight[2 * WIDTH :], bias[2 * WIDTH :])
+            read = {reverse: layer.edge_affine(own) for reverse, own in before.items()}
+            film = {reverse: (weight[: 2 * WIDTH], bias[: 2 * WIDTH]) for reverse, (weight, bias) in read.items()}
             nodes = layer(nodes, messages, film, degree, scaler)
             if layer.updates_edges:
+                state = {reverse: (weight[2 * WIDTH :], bias[2 * WIDTH :]) for reverse, (weight, bias) in read.items()}
                 messages = layer.new_edges(nodes, within(messages, hops - 1), state)
-                before = layer.edge_output
+                before = dict.fromkeys(before, layer.edge_output)
         return self.head(nodes[batch.outputs].flatten(1))
 
 
@@ -358,10 +375,10 @@ class HeterogeneousNGT(nn.Module):
         """First states of all pairs (target, source): what no edge joins has the state of an edge without features."""
         targets = torch.cat([s.targets.unsqueeze(2).expand(s.shape).flatten() for s in batch.stacks])
         sources = torch.cat([s.sources.unsqueeze(1).expand(s.shape).flatten() for s in batch.stacks])
-        bias = self.encoder.edge_linear.weight @ self.encoder.edge_fourier.bias + self.encoder.edge_linear.bias
+        features, (weight, bias) = self.encoder.edges(weights, (0,))
         states = bias.expand(batch.num_networks, size, size, len(bias))
         index = batch.network[targets], place[targets], place[sources]
-        return states.index_put(index, self.encoder.edges(weights, (0,)) - bias, accumulate=True)
+        return states.index_put(index, F.linear(features, weight), accumulate=True)
 
 
 def padded(batch: GraphBatch) -> tuple[Int[Tensor, " nodes"], Bool[Tensor, "networks size"]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,8 +75,9 @@ class PNALayer(nn.Module):
             self.edge_target = nn.Linear(WIDTH, WIDTH)
             self.edge_output = nn.Linear(WIDTH, WIDTH)
 
-    def edge_affine(self, before: nn.Linear | None) -> tuple[Tensor, Tensor]:
-        """What this layer takes from the edges (scale, shift, state), and the Linear `before` it, as one affine map."""
+    def edge_affine(self, before: Any | None) -> tuple[Tensor, Tensor]:
+        """What this layer takes from the edges (scale, shift, state), and the affine map `before` it, which has a
+        weight and a bias, as one."""
         weight, bias = self.film.weight, self.film.bias
         if self.updates_edges:
             weight = torch.cat([weight, self.edge_state.weight])
