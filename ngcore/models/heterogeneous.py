@@ -75,7 +75,8 @@ class FrameStandardize(nn.Module):
                 if count[slot] > 0:
                     mean[slot] = total[slot] / count[slot]
                     variance = square[slot] / count[slot] - (total[slot] / count[slot]) ** 2
-                    std[slot] = variance.sqrt() if variance > 0 else 1.0
+                    constant = variance <= 1e-12 * square[slot] / count[slot]  # but for rounding
+                    std[slot] = 1.0 if constant else variance.sqrt()
                 elif slot > 1:
                     mean[slot], std[slot] = mean[slot - 1], std[slot - 1]
 
@@ -179,7 +180,7 @@ class Way:
         return Way(self.rows[blocks], self.columns[blocks], self.hops[blocks], self.reverse)
 
 
-Messages = list[tuple[Way, Float[Tensor, "_ features"]]]  # ways, and what stands on their edges
+Messages = list[tuple[Way, Float[Tensor, "_ _"]]]  # ways, and what stands on their edges
 
 
 def within(messages: Messages, hops: int) -> Messages:
