@@ -12,7 +12,7 @@ from ngcore.data import cifar10_gs, wild_park
 from ngcore.data.cnn import CNN
 from ngcore.models.baselines import StatNN
 from ngcore.models.baselines.stat_nn import statistics
-from ngcore.study.training import Schedule
+from ngcore.study.training import DivergedError, Schedule
 from ngcore.tasks import generalization as task
 from ngcore.tasks import zoos
 
@@ -34,7 +34,7 @@ def cache(tmp_path_factory):
 
 
 def config(dataset, method, **changes):
-    (found,) = task.configs_of(dataset, (SMALL, PARK), (method,), 1, SCHEDULE, RATES, {}, **changes)
+    (found,) = task.configs_of(dataset, (SMALL, PARK), (method,), 1, SCHEDULE, RATES, **changes)
     return found
 
 
@@ -106,7 +106,7 @@ def test_shapes_are_apart(split):
     limit = {"shallow_to_deep": task.SHALLOW, "narrow_to_wide": task.NARROW}[split]
     for name, own in rows.items():
         assert ((measure[own.numpy()] > limit) == (name == "other")).all()
-    with pytest.raises(ValueError, match="shapes are all alike"):
+    with pytest.raises(ValueError, match=r"leaves no networks for .*: 48 training runs are too few"):
         task.rows_of(zoos.load((SMALL,)), split)
 
 
@@ -124,7 +124,7 @@ def test_a_run_is_stored_and_scores_its_predictions(dataset, method):
         == len(zoos.split_rows(zoos.load((SMALL if dataset == "cifar10_gs" else PARK,)).table)["test"])
     )
     expected = np.nan_to_num(kendalltau(predicted, true).statistic)
-    assert metrics[f"test_{dataset}_tau"] == pytest.approx(expected, abs=0.05)  # predictions are stored rounded
+    assert metrics[f"test_{dataset}_tau"] == pytest.approx(expected, abs=0.01)  # predictions are stored rounded
     assert task.run(config(dataset, method)) == record
 
 
@@ -186,12 +186,24 @@ def test_the_wiring_computes_what_the_network_does():
 @pytest.mark.parametrize(
     ("dataset", "method", "changes", "message"),
     [
-        ("cifar10_gs", "DWSNet", {}, "unknown method 'DWSNet'"),
+        ("cifar10_gs", "DWSNet", {}, "unknown methods DWSNet"),
+        ("cifar10_gs", "StatNN", {"loss": "mae"}, "unknown loss 'mae'"),
         ("cifar10_wild_park", "NFN_HNP", {}, "different shapes can't be stacked"),
         ("cifar10_wild_park", "StatNN", {"split": "by_age"}, "unknown split 'by_age'"),
     ],
 )
 def test_what_cannot_be_run_is_named(dataset, method, changes, message):
-    (wrong,) = task.configs_of(dataset, (SMALL, PARK), (method,), 1, SCHEDULE, RATES | {method: 1e-3}, {}, **changes)
     with pytest.raises(ValueError, match=message):
-        task.run(wrong)
+        task.run(config(dataset, method, **changes))
+
+
+def test_a_prediction_that_is_not_finite_is_named():
+    networks = zoos.load((SMALL,))
+    rows = task.rows_of(networks, "random")
+    bad = networks.statistics.clone()
+    bad[rows["test_cifar10_gs"][3]] = torch.nan
+    targets = torch.zeros(len(bad))
+    model = task.build_model("StatNN", networks)
+    problem = task.Prediction(model, bad, networks.collection.sizes, rows, targets, targets, "bce", None)
+    with torch.no_grad(), pytest.raises(DivergedError, match=f"network {rows['test_cifar10_gs'][3]} of the table"):
+        problem.test()

@@ -22,13 +22,14 @@ from ngcore.models.baselines import NFN, StatNN
 from ngcore.models.heterogeneous import HeterogeneousNGGNN, HeterogeneousNGT
 from ngcore.study.runs import Record, StoredRun, cache_directory
 from ngcore.study.tables import summarize
-from ngcore.study.training import Schedule, train
+from ngcore.study.training import DivergedError, Schedule, train
 from ngcore.tasks.zoos import Networks, Zoo, load, split_rows
 
 # Networks of like size that are read together: NG-T fills up every network to the largest. None: all of a batch.
 CHUNK = {"NG-T": 8}
 EVALUATION_BATCH = 64
 FOURIER = 0.1  # scale of the Fourier frequencies of "NG-GNN_Fourier", the better of 0.1 and 1 in a trial
+CONTROL_SEED = 1_000_000  # far from the seeds of training, which draw the order of batches
 SHALLOW = 3  # convolutions, at most
 NARROW = 14  # channels on average, at most
 
@@ -80,15 +81,20 @@ def configs_of(
     seeds: int,
     schedule: Schedule,
     learning_rates: Mapping[str, float],
-    options: Mapping[str, Mapping[str, Any]],
     **changes: Any,
 ) -> list[Config]:
     """The runs of some methods on the populations of a data set, "both" for all of them.
 
     Args:
-        learning_rates, options: method -> its learning rate, further arguments of its model.
+        learning_rates: by method.
         changes: fields of `Config` that differ from table 1's: binary cross entropy on accuracies, a random split.
+
+    Raises:
+        ValueError: an unknown method.
     """
+    unknown = [method for method in methods if method not in METHODS]
+    if unknown:
+        raise ValueError(f"unknown methods {', '.join(unknown)}; there are {', '.join(METHODS)}")
     fields = {"loss": "bce", "target": "accuracy", "split": "random", "shuffled": False} | changes
     return [
         Config(
@@ -97,7 +103,6 @@ def configs_of(
             seed=seed,
             data=tuple(zoo for zoo in zoos if dataset in (zoo.dataset, "both")),
             schedule=replace(schedule, learning_rate=learning_rates[method]),
-            options=tuple(options.get(method, {}).items()),
             **fields,
         )
         for method in methods
@@ -157,7 +162,10 @@ def targets_of(table: pd.DataFrame, target: str) -> Float[np.ndarray, " networks
         return (values == "tanh").astype(float)
     if target == "learning_rate":
         values = np.log(values.astype(float))
-        return (values - values.min()) / (values.max() - values.min())
+        span = values.max() - values.min()
+        if span == 0:
+            raise ValueError("all networks have the same learning rate: there is nothing to predict")
+        return (values - values.min()) / span
     return values / values.max() if target == "epoch" else values
 
 
@@ -199,7 +207,9 @@ class Prediction:
     ) -> None:
         self.model, self.inputs, self.sizes, self.rows = model, inputs, sizes, rows
         self.known, self.targets, self.chunk = known, targets, chunk
-        self.criterion = {"bce": F.binary_cross_entropy_with_logits, "mse": _squared_error}[loss]
+        if loss not in LOSSES:
+            raise ValueError(f"unknown loss {loss!r}; there are {', '.join(LOSSES)}")
+        self.criterion = LOSSES[loss]
         self.train_size = len(rows["train"])
         model.fit_normalization(inputs, rows["train"])
 
@@ -221,28 +231,37 @@ class Prediction:
         return found
 
     def validate(self) -> dict[str, float]:
-        rows = self.rows["validation"]
-        predicted, known = self.predictions(rows), self.known[rows]
-        return {"val_loss": F.mse_loss(predicted, known).item(), "val_score": tau(predicted, known)}
+        """Mean squared error of all, and the mean over the populations of τ, by which weights are selected."""
+        groups = [rows for name, rows in self.rows.items() if name.startswith("validation")]
+        found = [(self.predictions(rows), self.known[rows]) for rows in groups]
+        error = F.mse_loss(*(torch.cat(parts) for parts in zip(*found, strict=True))).item()
+        return {"val_loss": error, "val_score": sum(tau(*pair) for pair in found) / len(found)}
 
     def test(self) -> dict[str, Any]:
+        """Of every test set τ, the squared error, all predictions, and of binary targets the share that is right.
+
+        Raises:
+            DivergedError: a prediction is not finite.
+        """
         found: dict[str, Any] = {}
         for name, rows in self.rows.items():
-            if name in ("train", "validation"):
+            if name == "train" or name.startswith("validation"):
                 continue
             predicted, true = self.predictions(rows), self.targets[rows]
+            if not torch.isfinite(predicted).all():
+                row = int(rows[~torch.isfinite(predicted)][0])
+                raise DivergedError(
+                    f"the prediction for network {row} of the table is not finite: are its weights huge?"
+                )
             found |= {
                 f"{name}_tau": tau(predicted, true),
                 f"{name}_mse": F.mse_loss(predicted, true).item(),
-                f"{name}_accuracy": ((predicted > 0.5) == (true > 0.5)).float().mean().item(),
-                f"{name}_predicted": [round(value, 4) for value in predicted.tolist()],
-                f"{name}_true": [round(value, 4) for value in true.tolist()],
+                f"{name}_predicted": [round(value, 6) for value in predicted.tolist()],
+                f"{name}_true": [round(value, 6) for value in true.tolist()],
             }
+            if set(true.tolist()) <= {0.0, 1.0}:
+                found[f"{name}_right"] = ((predicted > 0.5) == (true > 0.5)).float().mean().item()
         return found
-
-
-def _squared_error(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
-    return F.mse_loss(logits.sigmoid(), targets, reduction=reduction)
 
 
 def tau(predicted: Tensor, true: Tensor) -> float:
@@ -251,26 +270,40 @@ def tau(predicted: Tensor, true: Tensor) -> float:
     return 0.0 if np.isnan(found) else float(found)
 
 
+def _squared_error(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    return F.mse_loss(logits.sigmoid(), targets, reduction=reduction)
+
+
+LOSSES = {"bce": F.binary_cross_entropy_with_logits, "mse": _squared_error}
+
+
 def rows_of(networks: Networks, split: str) -> dict[str, Int[Tensor, " networks"]]:
-    """Rows of every split: "train", "validation", and a test set per population, "test_<dataset>"; where shapes are
-    split, test networks of the shapes that are trained on, "same", and of the others, "other".
+    """Rows of every split: "train", and "validation_<dataset>" and "test_<dataset>" per population; where shapes are
+    split, "train", "validation", and test networks of the shapes that are trained on, "same", and of others, "other".
 
     Raises:
-        ValueError: the networks have no two kinds of shapes to tell apart.
+        ValueError: a split is empty.
     """
     table, rows = networks.table, split_rows(networks.table)
-    test = rows.pop("test")
 
-    def among(some: Tensor, mask: np.ndarray | pd.Series) -> Tensor:
-        return some[torch.tensor(np.asarray(mask))[some]]
+    def among(split: str, mask: np.ndarray | pd.Series) -> Tensor:
+        return rows[split][torch.tensor(np.asarray(mask))[rows[split]]]
 
     if split == "random":
-        return rows | {f"test_{name}": among(test, table["dataset"] == name) for name in table["dataset"].unique()}
-    own = trained_shapes(table, split)
-    found = {name: among(some, own) for name, some in (rows | {"same": test}).items()} | {"other": among(test, ~own)}
+        own = {name: table["dataset"] == name for name in table["dataset"].unique()}
+        found = {"train": rows["train"]}
+        for kind in ("validation", "test"):
+            found |= {f"{kind}_{name}": among(kind, mask) for name, mask in own.items()}
+    else:
+        seen = trained_shapes(table, split)
+        found = {name: among(name, seen) for name in ("train", "validation")}
+        found |= {"same": among("test", seen), "other": among("test", ~seen)}
     empty = [name for name, some in found.items() if len(some) == 0]
     if empty:
-        raise ValueError(f"split {split!r} leaves no networks for {', '.join(empty)}: their shapes are all alike")
+        raise ValueError(
+            f"split {split!r} leaves no networks for {', '.join(empty)}: {table['run'].nunique()} training runs are "
+            "too few, or their shapes are all alike"
+        )
     return found
 
 
@@ -286,8 +319,8 @@ def run(config: Config, on_epoch: Callable[[int, Record], None] = lambda epoch, 
     targets = torch.tensor(targets_of(networks.table, config.target), dtype=torch.float32)
     known = targets.clone()
     if config.shuffled:
-        generator = torch.Generator().manual_seed(config.seed)
-        for name in ("train", "validation"):
+        generator = torch.Generator().manual_seed(CONTROL_SEED + config.seed)
+        for name in [name for name in rows if name.startswith(("train", "validation"))]:
             known[rows[name]] = targets[rows[name][torch.randperm(len(rows[name]), generator=generator)]]
     torch.manual_seed(config.seed)
     model = build_model(config.method, networks, **dict(config.options)).to(device)

@@ -33,15 +33,26 @@ class Zoo:
     runs: int
     recipe: cifar10_gs.Recipe | wild_park.Recipe
 
+    def __post_init__(self) -> None:
+        if self.runs < 1:
+            raise ValueError(f"a population has at least one training run, got {self.runs}")
+
     @property
     def dataset(self) -> str:
         return "cifar10_gs" if isinstance(self.recipe, cifar10_gs.Recipe) else "cifar10_wild_park"
 
-    def population(self, *, workers: int = 1, compiled: bool = False) -> Population:
-        """The networks; trained where they are not stored yet."""
+    def population(self, *, workers: int | None = None, compiled: bool = False) -> Population:
+        """The networks; trained where they are not stored yet.
+
+        Args:
+            workers: processes; None for one per core, or one where a GPU trains the networks.
+            compiled: as of `cifar10_gs.generate_zoo`.
+        """
+        cores = torch.get_num_threads()
         if isinstance(self.recipe, cifar10_gs.Recipe):
+            workers = workers or (1 if torch.cuda.is_available() else cores)
             return cifar10_gs.generate_zoo(self.recipe, self.runs, cache_directory(), workers, compiled=compiled)
-        return wild_park.generate_park(self.recipe, self.runs, cache_directory(), workers)
+        return wild_park.generate_park(self.recipe, self.runs, cache_directory(), workers or cores)
 
 
 def wiring_of(architecture: Architecture, hide_activations: bool = False) -> Wiring:
@@ -139,7 +150,7 @@ def population_record(zoo: Zoo) -> Record:
             "layers": networks.table["layers"].tolist(),
             "runs_without_networks": zoo.runs - networks.table["run"].nunique(),
         },
-        "environment": environment("cpu") | {"train_seconds": 0.0},
+        "environment": environment("cpu") | {"train_seconds": 0.0},  # of metanetworks
     }
 
 
