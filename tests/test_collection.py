@@ -286,3 +286,14 @@ def test_a_collection_moves_to_another_dtype():
     assert torch.equal(after.network, before.network)
     assert torch.equal(collection[rows].weights, before.weights)
     assert collection.to("cpu")[rows].weights.dtype == torch.float64
+
+
+def test_a_collection_says_how_it_is_indexed():
+    networks = Collection([mlp([2, 3, 1]).graph({n: torch.zeros(2, *s) for n, s in mlp([2, 3, 1]).shapes.items()})])
+    with pytest.raises(ValueError, match="index a collection with a tensor"):
+        networks[torch.tensor([], dtype=torch.long)]
+
+
+def test_a_collection_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="at least one graph"):
+        Collection([])

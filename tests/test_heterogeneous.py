@@ -354,3 +354,15 @@ def test_places_in_a_padded_batch(found, data):
         own = place[batch.network == network]
         assert sorted(own.tolist()) == list(range(size))
         assert place[batch.outputs[network]].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("build", [HeterogeneousNGGNN, HeterogeneousNGT])
+def test_networks_in_another_frame_are_refused(build):
+    graphs = random_graphs([SHALLOW, RESIDUAL], [1, 1])
+    model = build(Collection(graphs).frame).double()
+    alone = Collection(graphs[:1])
+    rows = torch.tensor([0])
+    for use in (lambda: model(alone[rows]), lambda: model.fit_normalization(alone, rows)):
+        with pytest.raises(ValueError, match="collect them in the model's own"):
+            use()
+    assert model(Collection(graphs[:1], model.frame)[rows]).shape == (1, 1)

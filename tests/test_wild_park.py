@@ -75,9 +75,15 @@ def test_checkpoints_are_equally_spaced_up_to_the_end():
     assert Recipe(10_000, 2_000, 5, 10).checkpoint_steps[-1] == 785
 
 
-@pytest.mark.parametrize("changes", [{"checkpoints": 7}, {"checkpoints": 0}, {"epochs": 0}, {"train_images": 0}])
+@pytest.mark.parametrize("changes", [{"checkpoints": 7}, {"checkpoints": 0}])
 def test_a_recipe_has_a_step_for_every_checkpoint(changes):
     with pytest.raises(ValueError, match="steps have 1 to"):
+        replace(RECIPE, **changes)
+
+
+@pytest.mark.parametrize("changes", [{"epochs": 0}, {"train_images": 0}, {"test_images": 0}, {"seed": -1}])
+def test_recipes_of_nothing_are_refused(changes):
+    with pytest.raises(ValueError, match="at least 1, a seed at least 0"):
         replace(RECIPE, **changes)
 
 

@@ -36,12 +36,19 @@ class Recipe:
     Args:
         train_images, test_images: the first ones of CIFAR-10's official splits.
         steps: of 32 images each.
+
+    Raises:
+        ValueError: a number is below 1, or the seed below 0.
     """
 
     train_images: int
     test_images: int
     steps: int
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.train_images, self.test_images, self.steps) < 1 or self.seed < 0:
+            raise ValueError(f"images and steps are at least 1, a seed at least 0, got {self}")
 
     @property
     def name(self) -> str:

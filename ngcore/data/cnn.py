@@ -30,7 +30,8 @@ class Architecture:
         channels: of the images and of every convolution's output.
         kernel_size, stride, padding, activation: of every convolution; kernels are square.
         residual: for every convolution -1, or an earlier one with at least one between them, whose output is added to
-            what enters this one's activation, on the channels that both have (paper, appendix E.1).
+            what enters this one's activation, on the channels that both have (paper, appendix E.1); their images must
+            have the same size.
         classes: outputs of the linear layer.
 
     Raises:
@@ -59,9 +60,17 @@ class Architecture:
             if activation not in ACTIVATIONS:
                 raise ValueError(f"unknown activation {activation!r}; there are {', '.join(ACTIVATIONS)}")
         for layer, earlier in enumerate(self.residual):
-            if not (earlier == -1 or 0 <= earlier <= layer - 2):
+            self._check_residual(layer, earlier)
+
+    def _check_residual(self, layer: int, earlier: int) -> None:
+        where = f"residual = {self.residual}: convolution {layer}"
+        if not (earlier == -1 or 0 <= earlier <= layer - 2):
+            raise ValueError(f"{where} can add -1 (nothing), or one from 0 on with at least one between, not {earlier}")
+        for i in range(earlier + 1, layer + 1 if earlier >= 0 else 0):
+            if self.stride[i] != 1 or 2 * self.padding[i] != self.kernel_size[i] - 1:
                 raise ValueError(
-                    f"residual = {self.residual}: convolution {layer} can add -1 (nothing) or 0 to {layer - 2}"
+                    f"{where} adds convolution {earlier}, but convolution {i} changes the size of images: there the "
+                    "stride must be 1 and the padding half of the kernel"
                 )
 
     @property

@@ -13,7 +13,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from ngcore.data.cnn import Architecture
 
 REQUIRED = ("network", "run", "accuracy")
+LARGEST = 1e6  # a parameter beyond it is one that diverged, and would spoil the statistics of all networks
 
 
 class PopulationError(ValueError):
@@ -43,8 +44,8 @@ class Checkpoints:
             test images, 0 to 1), and whatever else is known of it.
 
     Raises:
-        PopulationError: a tensor is missing, unknown, of another shape or not finite, or an accuracy is none; the
-            error names the network.
+        PopulationError: a tensor is missing, unknown, of another shape, or holds NaN, infinity or a number
+            beyond LARGEST, or an accuracy is none; the error names the network.
     """
 
     architecture: Architecture
@@ -69,20 +70,25 @@ class Checkpoints:
                     f"networks {names}: {name} has shape {tuple(values.shape)}, but {len(self.rows)} networks of this "
                     f"architecture need {(len(self.rows), *shapes[name])}"
                 )
-            finite = torch.isfinite(values.flatten(1)).all(1)
-            if not finite.all():
-                bad = self.rows[int(torch.nonzero(~finite)[0, 0])]["network"]
-                raise PopulationError(f"network {bad}: {name} holds NaN or infinity")
+            bounded = _bounded(values)
+            if not bounded.all():
+                bad = self.rows[int(torch.nonzero(~bounded)[0, 0])]["network"]
+                raise PopulationError(f"network {bad}: {name} holds NaN, infinity or a number beyond {LARGEST:g}")
 
     def __len__(self) -> int:
         return len(self.rows)
 
 
+def _bounded(values: Tensor) -> Tensor:
+    """Which networks' numbers, (networks, ...), are all finite and within LARGEST."""
+    return (values.flatten(1).abs() <= LARGEST).all(1)
+
+
 def finite_networks(
     architecture: Architecture, parameters: Mapping[str, Tensor], rows: Sequence[dict[str, Any]]
 ) -> Checkpoints:
-    """The networks whose parameters are all finite: those that diverged are left out."""
-    finite = torch.stack([torch.isfinite(values.flatten(1)).all(1) for values in parameters.values()]).all(0)
+    """The networks without NaN, infinity or numbers beyond LARGEST: those that diverged are left out."""
+    finite = torch.stack([_bounded(values) for values in parameters.values()]).all(0)
     return Checkpoints(
         architecture,
         {name: values[finite] for name, values in parameters.items()},
@@ -165,8 +171,9 @@ def generate(
             first = next(iter(failures.values()))
             raise GenerationFailed(f"{len(failures)} of {len(makers)} parts failed:\n{reasons}") from first
     population = Population(tuple(read_part(path) for path in paths.values()))
-    if missing:
-        _write_table(directory / "table.csv", population.table)
+    table = directory / "table.csv"
+    if missing or not table.exists():  # it may be all that a killed generator has left to do
+        _write_table(table, population.table)
     return population
 
 
@@ -220,16 +227,3 @@ def _write_table(path: Path, table: pd.DataFrame) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def select(population: Population, keep: Sequence[bool]) -> Population:
-    """The networks for which `keep` is true, in the same order."""
-    parts, first = [], 0
-    for part in population.parts:
-        rows = torch.tensor(list(keep[first : first + len(part)]), dtype=torch.bool)
-        first += len(part)
-        if rows.any():
-            parameters = {name: values[rows] for name, values in part.parameters.items()}
-            own = tuple(row for row, kept in zip(part.rows, rows.tolist(), strict=True) if kept)
-            parts.append(replace(part, parameters=parameters, rows=own))
-    return Population(tuple(parts), population.rejected)

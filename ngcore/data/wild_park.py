@@ -46,6 +46,8 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if min(self.train_images, self.test_images, self.epochs) < 1 or self.seed < 0:
+            raise ValueError(f"images and epochs are at least 1, a seed at least 0, got {self}")
         steps = self.epochs * self.steps_per_epoch
         if not 1 <= self.checkpoints <= steps:
             raise ValueError(f"{steps} steps have 1 to {steps} checkpoints, got {self.checkpoints}")

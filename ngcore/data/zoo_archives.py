@@ -23,10 +23,11 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ngcore.data.cifar10_gs import architecture as small_cnn
 from ngcore.data.cnn import Architecture
-from ngcore.data.populations import Checkpoints, Population, PopulationError
+from ngcore.data.populations import LARGEST, Checkpoints, Population, PopulationError
+from ngcore.data.small_zoo import ACTIVATIONS
 
-SMALL_ZOO_ACTIVATIONS = ("relu", "tanh")
 FINAL_STEP = 86  # epochs that the Small CNN Zoo was trained for
 SPLITS = "cnn_park_splits.json"
 WILD_PARK_ACCURACY = ("accuracy", "test_acc", "test/acc")
@@ -82,7 +83,7 @@ def read_small_zoo(directory: Path) -> Population:
 
     accuracy = pd.to_numeric(metrics["accuracy"], errors="coerce")
     measured = accuracy.between(0, 1)
-    known = metrics["activation"].isin(SMALL_ZOO_ACTIVATIONS)
+    known = metrics["activation"].isin(ACTIVATIONS)
     rejected = [
         f"{annotations}: network {row.network}: test_accuracy {row.accuracy} is not within 0 and 1"
         for row in metrics[~measured].itertuples()
@@ -92,26 +93,18 @@ def read_small_zoo(directory: Path) -> Population:
         for row in metrics[measured & ~known].itertuples()
     ]
     metrics, parts = metrics.assign(accuracy=accuracy), []
-    for activation in SMALL_ZOO_ACTIVATIONS:
+    for activation in ACTIVATIONS:
         rows = metrics[measured & (metrics["activation"] == activation)]
         values = weights[rows["run"].to_numpy()]
-        finite = np.isfinite(values).all(1)
-        rejected += [f"{path}: network {name}: its weights hold NaN or infinity" for name in rows["network"][~finite]]
+        finite = (np.abs(values) <= LARGEST).all(1)
+        rejected += [
+            f"{path}: network {name}: its weights hold NaN, infinity or numbers beyond {LARGEST:g}"
+            for name in rows["network"][~finite]
+        ]
         if finite.any():
             parameters = _split(torch.from_numpy(values[finite]).float(), layout)
-            parts.append(Checkpoints(_small_cnn(activation), parameters, tuple(rows[finite].to_dict("records"))))
+            parts.append(Checkpoints(small_cnn(activation), parameters, tuple(rows[finite].to_dict("records"))))
     return _population(directory, parts, rejected)
-
-
-def _small_cnn(activation: str) -> Architecture:
-    return Architecture(
-        channels=(1, 16, 16, 16),
-        kernel_size=(3, 3, 3),
-        stride=(2, 2, 2),
-        padding=(0, 0, 0),
-        activation=(activation,) * 3,
-        residual=(-1, -1, -1),
-    )
 
 
 def _read_csv(path: Path, columns: Iterable[str]) -> pd.DataFrame:
@@ -129,7 +122,7 @@ def _read_csv(path: Path, columns: Iterable[str]) -> pd.DataFrame:
 def _read_layout(path: Path) -> dict[str, tuple[int, int]]:
     """First and last column + 1 of every parameter. Kernels and biases follow the layers, whatever they are called."""
     table = _read_csv(path, ("varname", "start_idx", "end_idx", "shape"))
-    shapes = _small_cnn("relu").shapes
+    shapes = small_cnn("relu").shapes
     layout: dict[str, tuple[int, int]] = {}
     for kind, suffix in (("kernel:0", ".weight"), ("bias:0", ".bias")):
         variables = table[table["varname"].astype(str).str.endswith(kind)]
@@ -159,7 +152,7 @@ def _tensorflow(shape: tuple[int, ...]) -> tuple[int, ...]:
 def _split(rows: Float[Tensor, "n width"], layout: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
     """Rows of all parameters -> each parameter (n, *its shape), with PyTorch's order of axes."""
     parameters = {}
-    for name, shape in _small_cnn("relu").shapes.items():
+    for name, shape in small_cnn("relu").shapes.items():
         values = rows[:, slice(*layout[name])].unflatten(1, _tensorflow(shape))
         if len(shape) > 1:
             kernel = range(1, len(shape) - 1)

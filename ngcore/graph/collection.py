@@ -188,20 +188,22 @@ class Collection:
         frame: None for the smallest one.
 
     Raises:
-        ValueError: a graph has no batch axis, or a wiring does not fit into the frame.
+        ValueError: there are no graphs, one has no batch axis, or a wiring does not fit into the frame.
     """
 
     def __init__(self, graphs: Sequence[NeuralGraph], frame: Frame | None = None) -> None:
-        wirings = list(dict.fromkeys(graph.wiring for graph in graphs))
+        if not graphs:
+            raise ValueError("a collection needs at least one graph")
+        wirings = {wiring: i for i, wiring in enumerate(dict.fromkeys(graph.wiring for graph in graphs))}
         self.frame = Frame.of(wirings) if frame is None else frame
         for wiring in wirings:
             self.frame.check(wiring)
         for graph in graphs:
             if graph.edges[0].dim() != 4:
                 raise ValueError("graphs in a collection have one batch axis, of their networks")
-        self._layouts = _layouts(wirings, self.frame)
+        self._layouts = _layouts(tuple(wirings), self.frame)
         counts = torch.tensor([graph.num_networks for graph in graphs])
-        of_graph = torch.tensor([wirings.index(graph.wiring) for graph in graphs])
+        of_graph = torch.tensor([wirings[graph.wiring] for graph in graphs])
         self.wirings = tuple(wirings)
         self._wiring = of_graph.repeat_interleave(counts)  # of every network
         weights = [torch.cat([edges.flatten(1) for edges in graph.edges], dim=1) for graph in graphs]
@@ -230,7 +232,13 @@ class Collection:
         return moved
 
     def __getitem__(self, rows: Int[Tensor, " networks"]) -> GraphBatch:
-        """The graphs of these networks, which may repeat."""
+        """The graphs of these networks, which may repeat.
+
+        Raises:
+            ValueError: rows are none, or no integers in one tensor.
+        """
+        if not isinstance(rows, Tensor) or rows.dim() != 1 or rows.dtype != torch.long or len(rows) == 0:
+            raise ValueError("index a collection with a tensor of the networks' numbers, e.g. torch.tensor([0, 3])")
         own, wiring = self._layouts, self._wiring[rows]
         sizes = own.num_nodes[wiring]
         first = sizes.cumsum(0) - sizes  # of every network, its first node in the batch

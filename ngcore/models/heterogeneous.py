@@ -43,6 +43,7 @@ class FrameStandardize(nn.Module):
 
     def __init__(self, frame: Frame) -> None:
         super().__init__()
+        self.frame = frame
         for kind in ("node", "edge"):
             self.register_buffer(f"{kind}_mean", torch.zeros(frame.layers + 2))
             self.register_buffer(f"{kind}_std", torch.ones(frame.layers + 2))
@@ -52,8 +53,9 @@ class FrameStandardize(nn.Module):
         """Take the statistics of a training set, the networks `rows`.
 
         Raises:
-            ValueError: a parameter is NaN or infinite; the error names the network.
+            ValueError: a parameter is NaN or infinite, the error names the network; the networks are in another frame.
         """
+        self.check_frame(networks.frame)
         slots = len(self.node_mean)
         sums = {kind: torch.zeros(3, slots, dtype=torch.float64, device=rows.device) for kind in ("node", "edge")}
         for part in rows.split(STATISTICS_BATCH):
@@ -80,8 +82,20 @@ class FrameStandardize(nn.Module):
                 elif slot > 1:
                     mean[slot], std[slot] = mean[slot - 1], std[slot - 1]
 
+    def check_frame(self, frame: Frame) -> None:
+        if frame != self.frame:
+            raise ValueError(
+                f"this model was built for {self.frame}, the networks are in {frame}: collect them in the model's own, "
+                "Collection(graphs, model.frame)"
+            )
+
     def forward(self, batch: GraphBatch) -> tuple[Float[Tensor, " nodes"], Float[Tensor, "edges features"]]:
-        """Standardized biases and weights."""
+        """Standardized biases and weights.
+
+        Raises:
+            ValueError: the batch is in another frame.
+        """
+        self.check_frame(batch.frame)
         biases = (batch.biases - self.node_mean[batch.node_slot]) / self.node_std[batch.node_slot]
         mean, std = self.edge_mean[batch.edge_slot].unsqueeze(1), self.edge_std[batch.edge_slot].unsqueeze(1)
         return biases, torch.where(batch.present, (batch.weights - mean) / std, 0)
@@ -270,6 +284,7 @@ class HeterogeneousNGGNN(nn.Module):
         sigma: float | None = None,
     ) -> None:
         super().__init__()
+        self.frame = frame
         self.encoder = FrameEncoder(
             frame, WIDTH, WIDTH, edge_copies=3, sigma=sigma, positions=positions, activations=activations
         )
@@ -343,9 +358,9 @@ class HeterogeneousNGT(nn.Module):
         activations: bool = True,
         dropout: float = 0.0,
         sigma: float | None = None,
-        widths: Widths = WIDTHS,
     ) -> None:
         super().__init__()
+        self.frame, widths = frame, WIDTHS
         self.encoder = FrameEncoder(
             frame, widths.node, widths.edge, edge_copies=1, sigma=sigma, positions=positions, activations=activations
         )
