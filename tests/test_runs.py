@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -236,3 +237,37 @@ def test_learning_rates():
     assert max(decayed) == decayed[4] == 2.0
     assert decayed[7] == pytest.approx(1.0)
     assert decayed[10] == pytest.approx(0.0)
+
+
+ENDLESS = """
+import os, sys, time
+from pathlib import Path
+from ngcore.study.executor import execute_all
+
+def run(path, on_epoch):
+    Path(path).write_text(str(os.getpid()))
+    time.sleep(600)
+
+if __name__ == "__main__":
+    execute_all(run, [sys.argv[1]], workers=1)
+"""
+
+
+def test_workers_end_with_a_killed_parent(tmp_path):
+    (tmp_path / "endless.py").write_text(ENDLESS)
+    told = tmp_path / "pid"
+    parent = subprocess.Popen([sys.executable, str(tmp_path / "endless.py"), str(told)], stderr=subprocess.DEVNULL)
+
+    def wait_for(condition):
+        for _ in range(300):
+            if condition():
+                return True
+            time.sleep(0.1)
+        return False
+
+    assert wait_for(lambda: told.exists() and told.read_text())
+    parent.kill()
+    parent.wait()
+    state = ["ps", "-o", "state=", "-p", told.read_text()]  # nothing, or a zombie that nobody has asked for
+    ended = wait_for(lambda: subprocess.run(state, capture_output=True, text=True).stdout.strip() in ("", "Z"))
+    assert ended

@@ -7,10 +7,8 @@ each written whole or not at all, so that a killed fit goes on with the shard th
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ from tqdm.auto import tqdm
 
 from ngcore.data import siren
 from ngcore.data.images import Images, load_images
+from ngcore.data.processes import pool
 
 MAX_IMAGES = 100_000  # more than any split holds
 SHARD = 256  # networks per file
@@ -210,9 +209,8 @@ def _pool(workers: int) -> Iterator[Callable[..., Iterator[INRSet]]]:
     if workers == 1:
         yield map
         return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
+    with pool(workers) as processes:
         try:
-            yield pool.map
+            yield processes.map
         finally:
-            pool.shutdown(cancel_futures=True)
+            processes.shutdown(cancel_futures=True)

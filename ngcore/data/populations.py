@@ -8,11 +8,9 @@ the parts that are missing and loses no finished network.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ngcore.data.cnn import Architecture
+from ngcore.data.processes import pool
 
 REQUIRED = ("network", "run", "accuracy")
 LARGEST = 1e6  # a parameter beyond it is one that diverged, and would spoil the statistics of all networks
@@ -181,13 +180,9 @@ def _make_all(makers: Mapping[Path, Callable[[], Checkpoints]], workers: int, ti
     """Make and store parts in other processes; those that failed, and why."""
     failures: dict[Path, BaseException] = {}
     accuracies: list[float] = []
-    context = multiprocessing.get_context("spawn")
-    with (
-        tqdm(total=len(makers), desc=title, unit="part") as bar,
-        ProcessPoolExecutor(max(1, workers), context, _start_worker) as pool,
-    ):
+    with tqdm(total=len(makers), desc=title, unit="part") as bar, pool(workers) as processes:
         try:
-            futures = {pool.submit(_make, maker, path): path for path, maker in makers.items()}
+            futures = {processes.submit(_make, maker, path): path for path, maker in makers.items()}
             for future in as_completed(futures):
                 bar.update()
                 if future.exception() is not None:
@@ -197,20 +192,9 @@ def _make_all(makers: Mapping[Path, Callable[[], Checkpoints]], workers: int, ti
                 mean = sum(accuracies) / max(1, len(accuracies))
                 bar.set_postfix_str(f"{len(accuracies)} networks, mean accuracy {mean:.3f}")
         except BaseException:  # the stop button: let go of the parts that wait
-            pool.shutdown(wait=False, cancel_futures=True)
+            processes.shutdown(wait=False, cancel_futures=True)
             raise
     return failures
-
-
-def _start_worker() -> None:
-    """One thread; and an end with the process that generates: where it is killed, its workers would wait forever."""
-    torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 def _make(maker: Callable[[], Checkpoints], path: Path) -> list[float]:

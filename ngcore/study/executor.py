@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import queue
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any
@@ -26,6 +28,13 @@ def _start_worker(messages: Any, threads: int) -> None:
     global _messages
     _messages = messages
     torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Where the process that asked for the runs is killed, its workers would go on unseen."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _execute(run: Run, config: Any) -> Record:
