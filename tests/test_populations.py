@@ -55,7 +55,7 @@ def assert_equal(one: Checkpoints, other: Checkpoints) -> None:
 @pytest.fixture
 def threads(monkeypatch):
     """Generate in threads, which start sooner than processes."""
-    monkeypatch.setattr(populations, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(populations, "pool", ThreadPoolExecutor)
 
 
 # CNNs
