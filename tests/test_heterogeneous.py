@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from cnns import RESIDUAL, SHALLOW, GroupedCNN, architectures, random_graphs, wiring_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_collection import RESIDUAL, SHALLOW, GroupedCNN, architectures, random_graphs, wiring_of
 
 from ngcore.bench.plain_heterogeneous import PlainHeterogeneousNGGNN, PlainHeterogeneousNGT, to_batch, to_data_list
 from ngcore.data.cnn import ACTIVATIONS

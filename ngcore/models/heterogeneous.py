@@ -64,23 +64,22 @@ class FrameStandardize(nn.Module):
                 bad = next(row for row in part.tolist() if not is_finite(networks[part.new_tensor([row])]))
                 raise ValueError(f"network {bad} of the collection holds NaN or infinity")
             edge_slot = batch.edge_slot.unsqueeze(1).expand_as(batch.weights)[batch.present]
-            for kind, values, slot in (
-                ("node", batch.biases, batch.node_slot),
-                ("edge", batch.weights[batch.present], edge_slot),
-            ):
-                values = values.double()
-                for i, power in enumerate((torch.ones_like(values), values, values.square())):
-                    sums[kind][i].index_add_(0, slot, power)
-        for kind, (count, total, square) in sums.items():
-            mean, std = getattr(self, f"{kind}_mean"), getattr(self, f"{kind}_std")
-            for slot in range(1, slots):
-                if count[slot] > 0:
-                    mean[slot] = total[slot] / count[slot]
-                    variance = square[slot] / count[slot] - (total[slot] / count[slot]) ** 2
-                    constant = variance <= 1e-12 * square[slot] / count[slot]  # but for rounding
-                    std[slot] = 1.0 if constant else variance.sqrt()
-                elif slot > 1:
-                    mean[slot], std[slot] = mean[slot - 1], std[slot - 1]
+            add_powers(sums["node"], batch.node_slot, batch.biases)
+            add_powers(sums["edge"], edge_slot, batch.weights[batch.present])
+        for kind, own in sums.items():
+            self._set(getattr(self, f"{kind}_mean"), getattr(self, f"{kind}_std"), *own)
+
+    @staticmethod
+    def _set(mean: Tensor, std: Tensor, count: Tensor, total: Tensor, square: Tensor) -> None:
+        """Statistics of every slot but the first from the count, sum and sum of squares of its numbers."""
+        for slot in range(1, len(mean)):
+            if count[slot] > 0:
+                own = total[slot] / count[slot]
+                variance = square[slot] / count[slot] - own**2
+                constant = variance <= 1e-12 * square[slot] / count[slot]  # but for rounding
+                mean[slot], std[slot] = own, 1.0 if constant else variance.sqrt()
+            elif slot > 1:
+                mean[slot], std[slot] = mean[slot - 1], std[slot - 1]
 
     def check_frame(self, frame: Frame) -> None:
         if frame != self.frame:
@@ -99,6 +98,13 @@ class FrameStandardize(nn.Module):
         biases = (batch.biases - self.node_mean[batch.node_slot]) / self.node_std[batch.node_slot]
         mean, std = self.edge_mean[batch.edge_slot].unsqueeze(1), self.edge_std[batch.edge_slot].unsqueeze(1)
         return biases, torch.where(batch.present, (batch.weights - mean) / std, 0)
+
+
+def add_powers(sums: Float[Tensor, "3 slots"], slot: Int[Tensor, " n"], values: Float[Tensor, " n"]) -> None:
+    """Add the count, the sum and the sum of squares of the values of every slot."""
+    values = values.double()
+    for own, power in zip(sums, (torch.ones_like(values), values, values.square()), strict=True):
+        own.index_add_(0, slot, power)
 
 
 def is_finite(batch: GraphBatch) -> bool:
