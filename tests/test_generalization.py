@@ -156,6 +156,25 @@ def test_predictions_do_not_depend_on_the_order_or_the_company():
         torch.testing.assert_close(together, alone, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("method", task.METHODS)
+def test_models_start_near_the_mean_target(method):
+    networks = zoos.load((SMALL,))
+    rows = task.rows_of(networks, "random")
+    targets = torch.full((len(networks.table),), 0.2)
+    torch.manual_seed(0)
+    model = task.build_model(method, networks).eval()
+    inputs = task.METHODS[method][1](networks)
+    sizes = networks.collection.sizes
+    problem = task.Prediction(model, inputs, sizes, rows, targets, targets, "bce", task.CHUNK.get(method))
+    with torch.no_grad():
+        predicted = problem.predictions(rows["train"])
+        last = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
+        assert last.out_features == 1
+        last.weight.zero_()
+        torch.testing.assert_close(problem.predictions(rows["train"]), targets[rows["train"]])
+    assert (predicted - 0.2).abs().median() < 0.1
+
+
 def test_losses_are_the_means_that_they_say():
     networks = zoos.load((SMALL,))
     rows = task.rows_of(networks, "random")
