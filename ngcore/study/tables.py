@@ -190,14 +190,15 @@ def write_table(
     *,
     decimals: int = 1,
     lower_is_better: bool = False,
+    best: bool = True,
 ) -> None:
     """Write `name.csv` (six significant digits), `name.tex` (booktabs) and `name.md` into `directory`.
 
     In LaTeX and Markdown a value is "mean ± std" with `decimals` digits; of each data set (split, target) the
-    best of ours and the best of the paper's are bold. The caption should state the scale: see `describe_scale`.
+    best of ours and the best of the paper's are bold, unless `best` is False. The caption should state the scale: see `describe_scale`.
     """
     text = _as_text(table, decimals)
-    bold = _best(table, decimals, lower_is_better)
+    bold = _best(table, decimals, lower_is_better) if best else table.map(lambda _: False)
     directory.mkdir(parents=True, exist_ok=True)
     write_atomically(directory / f"{name}.csv", table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
     write_atomically(directory / f"{name}.tex", _latex(text, bold, name, caption))
