@@ -136,6 +136,12 @@ def test_best_is_per_target_and_split_where_there_are_several(tmp_path):
     assert [("**" in row) for row in rows] == [False, True, True]
 
 
+def test_a_table_without_winners_has_no_bold_cell(table, tmp_path):
+    write_table(table, tmp_path, "t", "c", best=False)
+    assert "**" not in (tmp_path / "t.md").read_text()
+    assert "textbf" not in (tmp_path / "t.tex").read_text()
+
+
 def test_special_characters(tmp_path):
     records = [record("50%_a&b|{x}", 0, 0, 1.0, dataset="a\\b~c^d#$")]
     write_table(summarize(records, metric="accuracy"), tmp_path, "t", "τ of 2 × 3")

@@ -195,7 +195,8 @@ def write_table(
     """Write `name.csv` (six significant digits), `name.tex` (booktabs) and `name.md` into `directory`.
 
     In LaTeX and Markdown a value is "mean ± std" with `decimals` digits; of each data set (split, target) the
-    best of ours and the best of the paper's are bold, unless `best` is False. The caption should state the scale: see `describe_scale`.
+    best of ours and the best of the paper's are bold, unless `best` is False. The caption should state the scale:
+    see `describe_scale`.
     """
     text = _as_text(table, decimals)
     bold = _best(table, decimals, lower_is_better) if best else table.map(lambda _: False)
