@@ -155,7 +155,7 @@ def test_a_diverged_run_is_an_empty_part(tmp_path, monkeypatch):
 
 def test_a_park_is_made_in_a_process_and_extended(tmp_path, monkeypatch):
     generate_park(RECIPE, 1, tmp_path, workers=1)
-    monkeypatch.setattr(populations, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(populations, "pool", ThreadPoolExecutor)
     trained = []
     monkeypatch.setattr(wild_park, "train_run", lambda *a: trained.append(a[1]) or train_run(*a))
     park = generate_park(RECIPE, 3, tmp_path, workers=1)
