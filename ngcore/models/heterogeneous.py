@@ -221,20 +221,20 @@ class StackedLayer(PNALayer):
 
     def forward(
         self,
-        nodes: Float[Tensor, "nodes 64"],
+        nodes: Float[Tensor, "nodes width"],
         messages: Messages,
         film: dict[bool, tuple[Tensor, Tensor]],
         degrees: Float[Tensor, " nodes"],
         scaler: Float[Tensor, " nodes"],
-    ) -> Float[Tensor, "nodes 64"]:
+    ) -> Float[Tensor, "nodes width"]:
         """New states of the nodes that get messages along all of their edges; `film` takes FiLM from the edges, by
         whether messages are reversed."""
         to, of = self.message_terms(nodes)
         index, found = [], []
         for way, edges in messages:
             rows, columns = way.ends(to, of)
-            read = F.linear(edges, *film[way.reverse]).view(*rows.shape[:2], columns.shape[1], 2 * WIDTH)
-            moments = Moments.apply(*read.split(WIDTH, dim=-1), rows, columns, 1 if way.reverse else 2)
+            read = F.linear(edges, *film[way.reverse]).view(*rows.shape[:2], columns.shape[1], 2 * self.width)
+            moments = Moments.apply(*read.split(self.width, dim=-1), rows, columns, 1 if way.reverse else 2)
             index.append(way.receivers.flatten())
             found.append([m.flatten(0, 1) for m in moments])
         index = torch.cat(index)
@@ -248,9 +248,9 @@ class StackedLayer(PNALayer):
         high = zero.scatter_reduce(0, index, high, "amax", include_self=False)
         return self.added(nodes, self.change(nodes, torch.cat([mean, low, high, std], dim=1), scaler))
 
-    def change(self, nodes: Tensor, gathered: Tensor, scaler: Tensor) -> Float[Tensor, "nodes 64"]:
+    def change(self, nodes: Tensor, gathered: Tensor, scaler: Tensor) -> Float[Tensor, "nodes width"]:
         """PNA's update: aggregates by identity and amplification, then two Linears as one."""
-        own, plain, amplified = self.update.weight.split([WIDTH, 4 * WIDTH, 4 * WIDTH], dim=1)
+        own, plain, amplified = self.update.weight.split([self.width, 4 * self.width, 4 * self.width], dim=1)
         weight = self.output.weight @ torch.cat([own, plain], dim=1)
         bias = self.output.weight @ self.update.bias + self.output.bias
         change = F.linear(torch.cat([nodes, gathered], dim=1), weight, bias)
@@ -262,7 +262,7 @@ class StackedLayer(PNALayer):
         found = []
         for way, edges in messages:
             rows, columns = way.ends(to, of)
-            state = F.linear(edges, *affine[way.reverse]).view(*rows.shape[:2], columns.shape[1], WIDTH)
+            state = F.linear(edges, *affine[way.reverse]).view(*rows.shape[:2], columns.shape[1], self.width)
             found.append((way, F.silu(state + rows.unsqueeze(2) + columns.unsqueeze(1)).flatten(0, 2)))
         return found
 

@@ -59,21 +59,22 @@ class PNALayer(nn.Module):
 
     Args:
         updates_edges: the next layer or the head reads the edges after it (not where the head reads nodes alone).
+        width: of the states of nodes and edges.
     """
 
-    def __init__(self, updates_edges: bool, dropout: float) -> None:
+    def __init__(self, updates_edges: bool, dropout: float, width: int = WIDTH) -> None:
         super().__init__()
-        self.updates_edges, self.dropout = updates_edges, dropout
-        self.film = nn.Linear(WIDTH, 2 * WIDTH)
-        self.message = nn.Linear(2 * WIDTH, WIDTH)
-        self.update = nn.Linear(9 * WIDTH, WIDTH)
-        self.output = nn.Linear(WIDTH, WIDTH)
+        self.updates_edges, self.dropout, self.width = updates_edges, dropout, width
+        self.film = nn.Linear(width, 2 * width)
+        self.message = nn.Linear(2 * width, width)
+        self.update = nn.Linear(9 * width, width)
+        self.output = nn.Linear(width, width)
         if updates_edges:
-            self.norm = nn.LayerNorm(WIDTH)
-            self.edge_state = nn.Linear(WIDTH, WIDTH)
-            self.edge_source = nn.Linear(WIDTH, WIDTH)
-            self.edge_target = nn.Linear(WIDTH, WIDTH)
-            self.edge_output = nn.Linear(WIDTH, WIDTH)
+            self.norm = nn.LayerNorm(width)
+            self.edge_state = nn.Linear(width, width)
+            self.edge_source = nn.Linear(width, width)
+            self.edge_target = nn.Linear(width, width)
+            self.edge_output = nn.Linear(width, width)
 
     def edge_affine(self, before: Any | None) -> tuple[Tensor, Tensor]:
         """What this layer takes from the edges (scale, shift, state), and the affine map `before` it, which has a
@@ -86,7 +87,7 @@ class PNALayer(nn.Module):
 
     def message_terms(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
         """What targets and sources add to a message: Linear([v_i, v_j]) is a Linear of each."""
-        target, source = self.message.weight.split(WIDTH, dim=1)
+        target, source = self.message.weight.split(self.width, dim=1)
         return F.linear(nodes, target, self.message.bias), F.linear(nodes, source)
 
     def added(self, v: Tensor, change: Tensor) -> Tensor:

@@ -1,0 +1,248 @@
+"""Meta-training of learned optimizers (paper, section 4.3): each outer step trains a network for 100 inner steps.
+
+The optimizer's inputs (weights, gradients, momenta) are held fixed, as of Andrychowicz et al. (2016): what is
+differentiated is how a change, once made, adds to all later weights. With changes u_t(φ), gradients g_t of the losses
+L_t and θ_t = θ_0 + Σ_{s<t} u_s,
+
+    d/dφ Σ_t L_t(θ_t) = Σ_s (Σ_{t>s} g_t) · du_s/dφ.
+
+So the way forward keeps features and gradients alone, and needs one backward pass of the network per step, which
+training needs anyway; on the way back all steps are independent and go through the optimizer as a batch. Memory does
+not grow with the optimizer's own states.
+
+The weights are inputs too. Were they differentiated, as they could be, a change would act on every later one through
+the logarithm of the weight, whose slope 1/(p |θ|) is huge near zero: gradients of long unrolls explode.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ngcore.models.optimizers import BoundOptimizer, Layout, LearnedOptimizer
+from ngcore.study.runs import Record, StoredRun, cache_directory, environment
+from ngcore.study.training import DivergedError
+from ngcore.tasks.optimization import ImageTask, Task, train_network
+
+VALIDATION_SEED = 1_000_000  # of the network that validation trains, far from those of meta-training
+# Steps that pass back through the optimizer together: as many as fit a processor's cache, or a GPU's memory.
+CHUNK = {"cpu": {"FF": 4, "LSTM": 4, "NFN": 4, "NG-GNN": 2, "NG-T": 1}, "cuda": {}}
+GPU_CHUNK = 25
+
+
+@dataclass(frozen=True)
+class Config:
+    """A meta-training run.
+
+    Args:
+        method: a key of `ngcore.models.optimizers.METHODS`.
+        trained_on: the task; its validation images select the weights.
+        outer_steps: steps of Adam on the optimizer's own weights.
+        inner_steps: steps of the network between them, through which gradients pass.
+        horizon: steps after which a network is given up and a new one begins.
+        networks: that are trained side by side, at ages spread over the horizon; their gradients are averaged.
+        learning_rate: of the outer Adam.
+        clip: largest norm of the outer gradient.
+        validate_every: outer steps between validations.
+        validation_steps: of the network that a validation trains; its accuracy after them is the score.
+        options: further arguments of `LearnedOptimizer`, as pairs.
+    """
+
+    dataset: str
+    method: str
+    seed: int
+    trained_on: ImageTask
+    outer_steps: int
+    inner_steps: int = 100
+    horizon: int = 1000
+    networks: int = 1
+    learning_rate: float = 1e-3
+    clip: float = 1.0
+    validate_every: int = 50
+    validation_steps: int = 1000
+    options: tuple[tuple[str, Any], ...] = ()
+    task: str = "meta_training"
+
+    def __post_init__(self) -> None:
+        if min(self.outer_steps, self.networks) < 1 or self.inner_steps < 2:
+            raise ValueError(
+                "meta-training needs at least one outer step, one network and two inner steps, got "
+                f"{self.outer_steps}, {self.networks} and {self.inner_steps}"
+            )
+        if self.horizon % self.inner_steps:
+            raise ValueError(f"the horizon, {self.horizon} steps, is no multiple of {self.inner_steps} inner steps")
+
+
+@dataclass
+class Learner:
+    """A network under way: with its optimizer, and its age in steps."""
+
+    network: nn.Module
+    optimizer: BoundOptimizer
+    age: int
+
+
+def unroll(
+    task: Task, learner: Learner, steps: int, generator: torch.Generator
+) -> tuple[Float[Tensor, "steps scalars 14"], Float[Tensor, "steps scalars"], Float[Tensor, " steps"]]:
+    """Train a network on; the optimizer's inputs, the gradients and the losses of every step."""
+    features, gradients, losses = [], [], []
+    optimizer = learner.optimizer
+    for _ in range(steps):
+        losses.append(task.backward(learner.network, generator))
+        gradients.append(optimizer.gradients())
+        features.append(optimizer.features())
+        with torch.no_grad():
+            optimizer.move(optimizer.rule(features[-1].unsqueeze(0), optimizer.layout).squeeze(0))
+    learner.age += steps
+    return torch.stack(features), torch.stack(gradients), torch.stack(losses)
+
+
+def meta_backward(
+    rule: nn.Module,
+    layout: Layout,
+    features: Float[Tensor, "steps scalars 14"],
+    gradients: Float[Tensor, "steps scalars"],
+    chunk: int,
+) -> None:
+    """Add the gradient of the unroll's mean loss to the gradients of the rule; the module's equation."""
+    later = gradients.flip(0).cumsum(0).flip(0)[1:] / len(gradients)  # of the steps after each but the last
+    for some, credit in zip(features[:-1].split(chunk), later.split(chunk), strict=True):
+        (rule(some, layout) * credit.to(some.dtype)).sum().backward()
+
+
+class MetaTraining:
+    """The state of a run between outer steps."""
+
+    def __init__(self, config: Config, task: Task) -> None:
+        self.config, self.task = config, task
+        torch.manual_seed(config.seed)
+        self.rule = LearnedOptimizer(config.method, **dict(config.options)).to(task.inputs.device)
+        self.layout = Layout.of(task.network(0), task.example)
+        self.rule.fit_normalization(self.layout)
+        self.outer = torch.optim.Adam(self.rule.parameters(), lr=config.learning_rate)
+        self.chunk = CHUNK[task.inputs.device.type].get(config.method, GPU_CHUNK)
+        self.started = 0
+        self.learners = [self.new_learner() for _ in range(config.networks)]
+        for i, learner in enumerate(self.learners):  # so that they are not all given up at once
+            learner.age = i * config.horizon // config.networks // config.inner_steps * config.inner_steps
+
+    def new_learner(self) -> Learner:
+        network = self.task.network(self.config.seed * 1_000_003 + self.started).train()
+        self.started += 1
+        return Learner(network, BoundOptimizer(self.rule, dict(network.named_parameters()), self.layout), 0)
+
+    def outer_step(self, step: int) -> float:
+        """One step of Adam; the mean loss of the unrolls.
+
+        Raises:
+            DivergedError: a loss is not finite.
+        """
+        config = self.config
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        self.outer.zero_grad()
+        total = 0.0
+        for i, learner in enumerate(self.learners):
+            if learner.age >= config.horizon:
+                learner = self.learners[i] = self.new_learner()
+            try:
+                features, gradients, losses = unroll(self.task, learner, config.inner_steps, generator)
+            except FloatingPointError as error:
+                raise DivergedError(f"outer step {step} of {config.method}: {error}") from error
+            meta_backward(self.rule, self.layout, features, gradients / config.networks, self.chunk)
+            total += losses.mean().item() / config.networks
+        nn.utils.clip_grad_norm_(self.rule.parameters(), config.clip)
+        self.outer.step()
+        return total
+
+    def validate(self) -> float:
+        """Accuracy on validation images of a network that the optimizer trains."""
+        steps = self.config.validation_steps
+        found = train_network(
+            self.task,
+            lambda network: BoundOptimizer(self.rule, dict(network.named_parameters()), self.layout),
+            VALIDATION_SEED,
+            steps,
+            measured=(steps,),
+        )
+        return found["accuracy"][-1]
+
+    def state(self) -> dict[str, Any]:
+        """All that the next outer step depends on."""
+        return {
+            "model": self.rule.state_dict(),
+            "outer": self.outer.state_dict(),
+            "started": self.started,
+            "learners": [
+                {"age": own.age, "network": own.network.state_dict(), "optimizer": own.optimizer.state_dict()}
+                for own in self.learners
+            ],
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.rule.load_state_dict(state["model"])
+        self.outer.load_state_dict(state["outer"])
+        for learner, stored in zip(self.learners, state["learners"], strict=True):
+            learner.age = stored["age"]
+            learner.network.load_state_dict(stored["network"])
+            learner.optimizer.load_state_dict(stored["optimizer"])
+        self.started = state["started"]
+
+
+CHECKPOINT_EVERY = 10  # outer steps
+
+
+def run(config: Config, on_epoch: Callable[[int, Record], None] = lambda step, scores: None) -> Record:
+    """The result of a run: read if it is stored, else trained (from its checkpoint, if there is one) and stored.
+
+    Metrics: `meta_loss` of every outer step; `val_score`, the validations' accuracies, after `validated` outer steps;
+    `best_step`, after which the stored weights were the best.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    task = config.trained_on.task("validation", device)
+    stored = StoredRun.of(config, task.digest, cache_directory())
+    record = stored.result()
+    if record is not None:
+        return record
+    training = MetaTraining(config, task)
+    state = stored.checkpoint()
+    if state is None:
+        state = {
+            "step": 0,
+            "meta_loss": [],
+            "validated": [],
+            "val_score": [],
+            "best": {},
+            "best_step": 0,
+            "seconds": 0.0,
+        }
+    else:
+        training.load(state)
+    started = time.monotonic()
+    while state["step"] < config.outer_steps:
+        loss = training.outer_step(state["step"])
+        state["step"] += 1
+        state["meta_loss"].append(round(loss, 5))
+        scores = {"train_loss": loss}
+        if state["step"] % config.validate_every == 0 or state["step"] == config.outer_steps:
+            score = training.validate()
+            if score > max(state["val_score"], default=-1.0):
+                state["best_step"] = state["step"]
+                state["best"] = {name: tensor.clone() for name, tensor in training.rule.state_dict().items()}
+            state["validated"].append(state["step"])
+            state["val_score"].append(score)
+            scores["val_score"] = score
+        if state["step"] % CHECKPOINT_EVERY == 0 or "val_score" in scores:
+            state["seconds"] += time.monotonic() - started
+            started = time.monotonic()
+            stored.save_checkpoint(state | training.state())
+        on_epoch(state["step"] - 1, scores)
+    metrics = {name: state[name] for name in ("meta_loss", "validated", "val_score", "best_step")}
+    seconds = {"train_seconds": round(state["seconds"], 1)}
+    return stored.finish(metrics, state["best"], environment(device) | seconds)

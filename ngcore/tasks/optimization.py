@@ -1,0 +1,172 @@
+"""Tasks for optimizers: data, a network and a loss; and training on one with any optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ngcore.data.cnn import CNN, Architecture
+from ngcore.data.images import load_images
+from ngcore.study.runs import cache_directory, tensor_digest
+
+EVALUATION_BATCH = 500
+
+
+@dataclass(frozen=True)
+class Task:
+    """What an optimizer is to solve; bring any network, data and loss.
+
+    Args:
+        build: makes a network with new weights.
+        inputs, labels: to train on, indexed by their first axis.
+        held_inputs, held_labels: to measure on.
+        batch: examples per step, drawn with replacement.
+        loss: mean loss of the network's outputs on a batch's labels.
+    """
+
+    build: Callable[[], nn.Module]
+    inputs: Tensor
+    labels: Tensor
+    held_inputs: Tensor
+    held_labels: Tensor
+    batch: int = 128
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+
+    @property
+    def example(self) -> Tensor:
+        """Inputs that show a network's graph."""
+        return self.inputs[:1]
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all data."""
+        return tensor_digest([self.inputs, self.labels, self.held_inputs, self.held_labels])
+
+    def network(self, seed: int) -> nn.Module:
+        """A network whose weights this seed draws, on the data's device."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.build().to(self.inputs.device)
+
+    def backward(self, network: nn.Module, generator: torch.Generator) -> Float[Tensor, ""]:
+        """Loss of one batch, drawn by a generator of the CPU, whose gradients take the place of the parameters' own."""
+        rows = torch.randint(len(self.labels), (self.batch,), generator=generator).to(self.labels.device)
+        network.zero_grad()
+        loss = self.loss(network(self.inputs[rows]), self.labels[rows])
+        loss.backward()
+        return loss.detach()
+
+    @torch.no_grad()
+    def accuracy(self, network: nn.Module, count: int | None = None) -> float:
+        """Share of the first `count` held examples, or of all, that the network classifies as labelled."""
+        was_training = network.training
+        network.eval()
+        pairs = zip(
+            self.held_inputs[:count].split(EVALUATION_BATCH),
+            self.held_labels[:count].split(EVALUATION_BATCH),
+            strict=True,
+        )
+        right = sum((network(x).argmax(1) == y).sum().item() for x, y in pairs)
+        network.train(was_training)
+        return right / len(self.held_labels[:count])
+
+
+@dataclass(frozen=True)
+class ImageTask:
+    """Classifying images by a CNN: 3x3 convolutions, the first with stride 2 and without padding, then global average
+    pooling and a linear layer (paper, section 4.3).
+
+    Args:
+        dataset: "fashion_mnist", "mnist" or "cifar10".
+        channels: of the convolutions' outputs.
+        train_images: the first of the training images.
+        held_images: as many of the following ones for validation, or the first ones of the test images.
+    """
+
+    dataset: str
+    channels: tuple[int, ...]
+    train_images: int
+    held_images: int
+    activation: str = "relu"
+    batch: int = 128
+
+    def task(self, held: str = "test", device: str = "cpu") -> Task:
+        """The task itself, measured on "validation" or "test" images.
+
+        Raises:
+            ValueError: there are not so many images, or `held` is neither.
+        """
+        inputs, labels, held_inputs, held_labels = _images(
+            self.dataset, self.train_images, self.held_images, held, device
+        )
+        layers = len(self.channels)
+        architecture = Architecture(
+            channels=(inputs.shape[1], *self.channels),
+            kernel_size=(3,) * layers,
+            stride=(2,) + (1,) * (layers - 1),
+            padding=(0,) + (1,) * (layers - 1),
+            activation=(self.activation,) * layers,
+            residual=(-1,) * layers,
+        )
+        return Task(lambda: CNN(architecture), inputs, labels, held_inputs, held_labels, self.batch)
+
+
+@cache
+def _images(dataset: str, count: int, held: int, split: str, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images to train on, standardized per channel by their own mean and deviation, and their labels; and held ones."""
+    if split not in ("validation", "test"):
+        raise ValueError(f"held images are for 'validation' or 'test', not {split!r}")
+    every = load_images(dataset, "train", count + (held if split == "validation" else 0), cache=cache_directory())
+    other = every if split == "validation" else load_images(dataset, "test", held, cache=cache_directory())
+    pixels, others = (images.pixels.float() / 255 for images in (every, other))
+    pixels, others = (x.unsqueeze(1) if x.dim() == 3 else x for x in (pixels, others))
+    std, mean = torch.std_mean(pixels[:count], dim=(0, 2, 3), keepdim=True)
+    found = (pixels[:count], every.labels[:count], others[-held:], other.labels[-held:])
+    inputs, labels, held_inputs, held_labels = (x.to(device) for x in found)
+    std, mean = std.to(device), mean.to(device)
+    return (inputs - mean) / std, labels, (held_inputs - mean) / std, held_labels
+
+
+def train_network(
+    task: Task,
+    optimize: Callable[[nn.Module], torch.optim.Optimizer],
+    seed: int,
+    steps: int,
+    measured: tuple[int, ...],
+    curve_images: int | None = None,
+) -> dict[str, Any]:
+    """Train a network from new weights with any optimizer: a plain loop.
+
+    Args:
+        optimize: makes the optimizer of a network.
+        seed: of the weights and of the batches, whichever optimizer it is.
+        measured: numbers of steps after which the accuracy is measured.
+        curve_images: held examples that it is measured on before the last step.
+
+    Returns:
+        `train_loss` of every step's batch before the step; `accuracy` at every measured step.
+
+    Raises:
+        FloatingPointError: a loss is not finite; names the step.
+    """
+    network = task.network(seed).train()
+    optimizer = optimize(network)
+    generator = torch.Generator().manual_seed(seed)
+    losses, accuracy = [], []
+    for step in range(steps + 1):
+        if step in measured:
+            accuracy.append(task.accuracy(network, None if step == steps else curve_images))
+        if step < steps:
+            losses.append(task.backward(network, generator))
+            optimizer.step()
+    losses = torch.stack(losses).cpu()
+    if not torch.isfinite(losses).all():
+        raise FloatingPointError(f"the loss is not finite from step {int((~torch.isfinite(losses)).nonzero()[0])} on")
+    return {"train_loss": [round(loss, 5) for loss in losses.tolist()], "accuracy": accuracy}

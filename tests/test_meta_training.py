@@ -1,0 +1,279 @@
+"""Meta-training: its gradient against finite differences, resuming, tasks, runs."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ngcore.models.optimizers import METHODS, Layout, LearnedOptimizer
+from ngcore.study.runs import RunError, StoredRun
+from ngcore.study.training import DivergedError
+from ngcore.tasks import learning_to_optimize, meta_training
+from ngcore.tasks.meta_training import Config, Learner, MetaTraining, meta_backward, unroll
+from ngcore.tasks.optimization import ImageTask, Task, train_network
+from ngcore.tasks.optimizer_files import save
+
+TINY = ImageTask("fashion_mnist", (3, 4, 3), train_images=64, held_images=32, batch=8)
+each_method = pytest.mark.parametrize("method", METHODS)
+
+
+def tiny_task():
+    """Two classes of points, and a network that is no CNN, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(40, 3, generator=generator, dtype=torch.float64)
+    labels = (inputs[:, 0] > 0).long()
+
+    def build():
+        return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+
+    return Task(build, inputs, labels, inputs, labels, batch=10)
+
+
+def config_of(method, **changes):
+    fields = {"outer_steps": 4, "inner_steps": 3, "horizon": 6, "validate_every": 2, "validation_steps": 4}
+    return Config("fashion_mnist", method, 0, TINY, **fields | changes)
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("NGCORE_CACHE", str(tmp_path))
+
+
+@pytest.mark.parametrize("method", ["FF", "LSTM", "NG-GNN", "NG-T"])
+def test_meta_gradient_is_the_finite_difference(method):
+    """Of the mean loss of an unroll, as the rule's weights change, along a random direction and along coordinates.
+
+    The inputs of the rule are held fixed, and so is what the module says: gradients are not differentiated. So the
+    losses that are differenced are the unroll's own up to first order in how the weights move.
+    """
+    task = tiny_task()
+    torch.manual_seed(2)
+    rule = LearnedOptimizer(method).double()
+    network = task.network(0)
+    start = [p.detach().clone() for p in network.parameters()]
+    learner = Learner(network, rule.bind(network, task.example), 0)
+    steps = 5
+    with torch.no_grad():
+        for parameter in rule.network[-1].parameters():
+            parameter += 30  # changes of a size that moves the loss
+    features, gradients, losses = unroll(task, learner, steps, torch.Generator().manual_seed(7))
+    layout = learner.optimizer.layout
+    meta_backward(rule, layout, features, gradients, chunk=2)
+    found = torch.cat([p.grad.flatten() for p in rule.parameters()])
+
+    @torch.no_grad()
+    def mean_loss():
+        """Of the same batches, the weights moved by what the rule makes of the recorded inputs."""
+        generator = torch.Generator().manual_seed(7)
+        weights, total = layout.flatten(start), 0.0
+        for t in range(steps):
+            rows = torch.randint(len(task.labels), (task.batch,), generator=generator)
+            state = dict(zip(layout.shapes, layout.split(weights), strict=True))
+            total += task.loss(torch.func.functional_call(network, state, task.inputs[rows]), task.labels[rows]).item()
+            weights = weights + rule(features[t : t + 1], layout)[0]
+        return total / steps
+
+    assert mean_loss() == pytest.approx(losses.mean().item(), abs=1e-12)
+    own = [p.data for p in rule.parameters()]
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(4):
+        direction = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in own]
+        pair = []
+        for sign in (1, -1):
+            torch._foreach_add_(own, direction, alpha=sign * 1e-7)
+            pair.append(mean_loss())
+            torch._foreach_add_(own, direction, alpha=-sign * 1e-7)
+        expected = (pair[0] - pair[1]) / 2e-7
+        assert abs(expected) > 1e-4
+        along = (found * torch.cat([d.flatten() for d in direction])).sum().item()
+        assert along == pytest.approx(expected, rel=1e-4)
+
+
+def test_meta_training_teaches():
+    """A few outer steps on the tiny task: later unrolls have lower losses, and new networks learn."""
+    task = tiny_task()
+    config = dataclasses.replace(config_of("FF"), learning_rate=1e-2, inner_steps=20, horizon=20)
+    training = MetaTraining(config, task)
+    losses = [training.outer_step(step) for step in range(30)]
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+
+
+def test_networks_side_by_side_average_their_gradients():
+    task = TINY.task("validation")
+    training = MetaTraining(config_of("FF", networks=2, horizon=12), task)
+    assert [learner.age for learner in training.learners] == [0, 6]
+    assert training.outer_step(0) == pytest.approx(math.log(10), abs=0.2)
+    assert [learner.age for learner in training.learners] == [3, 9]
+    first = training.learners[1].network
+    training.outer_step(1)
+    training.outer_step(2)
+    assert training.learners[1].network is not first
+    assert training.started == 3
+
+
+@each_method
+def test_an_interrupted_run_ends_as_if_it_was_not(method, monkeypatch, tmp_path):
+    """Stopped after every outer step once: the same weights, losses and scores, bit for bit."""
+    monkeypatch.setattr(meta_training, "CHECKPOINT_EVERY", 1)
+    config = config_of(method)
+    expected = meta_training.run(config)
+    place = StoredRun.of(config, TINY.task("validation").digest, tmp_path)
+    weights = place.weights()
+    monkeypatch.setenv("NGCORE_CACHE", str(tmp_path / "again"))
+
+    class Stopped(Exception):
+        pass
+
+    def stop(step, scores):
+        raise Stopped
+
+    for _ in range(config.outer_steps):
+        with pytest.raises(Stopped):
+            meta_training.run(config, stop)
+    found = meta_training.run(config)
+    assert found["metrics"] == expected["metrics"]
+    assert len(found["metrics"]["meta_loss"]) == 4
+    assert found["metrics"]["validated"] == [2, 4]
+    again = StoredRun.of(config, TINY.task("validation").digest, tmp_path / "again").weights()
+    assert weights.keys() == again.keys()
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    assert meta_training.run(config) == found
+
+
+def test_runs_are_stored_and_name_what_is_missing(tmp_path):
+    record = meta_training.run(config_of("FF"))
+    (config,) = learning_to_optimize.configs_of(
+        ["FF"], {"none": TINY}, 1, {"FF": record["hash"]}, 1e-3, steps=5, curve_every=2, curve_images=8
+    )
+    found = learning_to_optimize.run(config)
+    assert found["metrics"]["measured"] == [0, 2, 4, 5]
+    assert len(found["metrics"]["train_loss"]) == 5
+    assert found["metrics"]["final_accuracy"] == found["metrics"]["accuracy"][-1]
+    assert learning_to_optimize.run(config) == found
+    with pytest.raises(RunError, match=r"no finished meta-training of LSTM"):
+        learning_to_optimize.run(dataclasses.replace(config, method="LSTM"))
+    with pytest.raises(RunError, match=r"no finished meta-training of FF"):
+        learning_to_optimize.run(dataclasses.replace(config, weights="0" * 16))
+
+
+def test_a_shipped_optimizer_is_part_of_a_runs_data(tmp_path, monkeypatch):
+    """Other weights under the same name are another run."""
+    monkeypatch.setattr("ngcore.tasks.optimizer_files.SHIPPED", tmp_path / "shipped")
+    (config,) = learning_to_optimize.configs_of(
+        ["FF"], {"none": TINY}, 1, {"FF": "shipped"}, 1e-3, steps=2, curve_every=2, curve_images=8
+    )
+    with pytest.raises(FileNotFoundError, match=r"FF\.safetensors is missing"):
+        learning_to_optimize.run(config)
+    hashes = set()
+    for _ in range(2):
+        save(LearnedOptimizer("FF"), tmp_path / "shipped" / "FF.safetensors", {})
+        hashes.add(learning_to_optimize.run(config)["hash"])
+    assert len(hashes) == 2
+
+
+def test_all_methods_train_on_the_same_batches():
+    """Adam and a rule that changes nothing see the same first loss; networks of other seeds do not."""
+    task = TINY.task()
+
+    def losses(seed, **options):
+        found = train_network(task, lambda network: torch.optim.Adam(network.parameters(), **options), seed, 3, (3,))
+        return found["train_loss"]
+
+    still, moved, other = losses(0, lr=0.0), losses(0, lr=0.1), losses(1, lr=0.0)
+    assert still[0] == moved[0] != other[0]
+    assert still[1] != moved[1]
+
+
+def test_tuning_takes_the_rate_with_the_best_mean():
+    configs = learning_to_optimize.tuning_configs("Adam", TINY, [1e-3, 1e-2], 2, steps=3)
+    assert [(c.learning_rate, c.seed, c.held) for c in configs] == [
+        (1e-3, 0, "validation"),
+        (1e-3, 1, "validation"),
+        (1e-2, 0, "validation"),
+        (1e-2, 1, "validation"),
+    ]
+    records = [
+        {"config": {"learning_rate": c.learning_rate}, "metrics": {"final_accuracy": score}}
+        for c, score in zip(configs, [0.9, 0.1, 0.6, 0.6], strict=True)
+    ]
+    assert learning_to_optimize.best_learning_rate(records) == 1e-2
+    assert learning_to_optimize.run(configs[0])["metrics"]["final_accuracy"] <= 1
+
+
+def test_divergence_is_told(monkeypatch):
+    """In meta-training and in training; nothing is stored."""
+    task = dataclasses.replace(TINY.task(), loss=lambda outputs, labels: F.cross_entropy(outputs, labels) * math.inf)
+    with pytest.raises(DivergedError, match=r"outer step 0 of FF: the gradient of layers\.0\.weight.* is not finite"):
+        MetaTraining(config_of("FF"), task).outer_step(0)
+    with pytest.raises(FloatingPointError, match="the loss is not finite from step 0 on"):
+        train_network(task, lambda network: torch.optim.SGD(network.parameters(), 0.1), 0, 2, (2,))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"horizon": 7}, "the horizon, 7 steps, is no multiple of 3 inner steps"),
+        ({"outer_steps": 0}, "at least one outer step"),
+        ({"inner_steps": 1, "horizon": 6}, "two inner steps"),
+    ],
+)
+def test_meta_training_that_makes_no_sense_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config_of("FF", **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "SGD"}, "unknown method 'SGD'"),
+        ({"weights": None}, "FF: learned optimizers, and no others, have weights"),
+        ({"method": "Adam"}, "Adam: learned optimizers, and no others"),
+        ({"learning_rate": 0.1}, "FF: hand-designed optimizers, and no others, have a learning rate"),
+        ({"steps": 0}, "must be at least 1"),
+    ],
+)
+def test_runs_that_make_no_sense_are_refused(changes, message):
+    (config,) = learning_to_optimize.configs_of(
+        ["FF"], {"none": TINY}, 1, {"FF": "shipped"}, 1e-3, steps=2, curve_every=2, curve_images=8
+    )
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(config, **changes)
+
+
+def test_images_are_standardized_and_apart():
+    """Validation images follow those that are trained on; test images are others; both take the training statistics."""
+    task, test = TINY.task("validation"), TINY.task("test")
+    assert task.inputs.shape == (64, 1, 28, 28)
+    assert task.held_inputs.shape == test.held_inputs.shape == (32, 1, 28, 28)
+    assert torch.equal(task.inputs, test.inputs)
+    assert not torch.equal(task.held_inputs, test.held_inputs)
+    std, mean = torch.std_mean(task.inputs)
+    assert abs(mean) < 1e-5
+    assert std == pytest.approx(1, abs=1e-4)
+    longer = ImageTask("fashion_mnist", (3,), train_images=96, held_images=1).task()
+    scale = longer.inputs[64:].std() / task.held_inputs.std()
+    assert torch.allclose(
+        (longer.inputs[64:] - longer.inputs[64:].mean()) / scale, task.held_inputs - task.held_inputs.mean(), atol=1e-4
+    )
+    with pytest.raises(ValueError, match="held images are for"):
+        TINY.task("train")
+    colour = ImageTask("cifar10", (3,), 50, 10).task()
+    assert colour.inputs.mean((0, 2, 3)).abs().max() < 1e-5
+
+
+def test_cost_counts_time_and_memory():
+    table = learning_to_optimize.cost(TINY.task(), ["Adam", "FF", "NG-GNN"]).set_index("method")
+    parameters = Layout.of(TINY.task().network(0)).count
+    assert (table[["step_ms", "task_ms", "step_mb"]] > 0).all().all()
+    assert table.loc["FF", "state_mb"] == pytest.approx(5 * parameters * 4 / 2**20)
+    assert table.loc["Adam", "state_mb"] == pytest.approx(2 * parameters * 4 / 2**20, rel=0.05)
+    assert table.loc["NG-GNN", "step_mb"] > table.loc["FF", "step_mb"] > parameters * 14 * 4 / 2**20
+    assert learning_to_optimize.peak_bytes(lambda: (torch.zeros(1000), torch.zeros(500))) == 6000
+
+
+def test_what_can_be_read():
+    deeper = ImageTask("fashion_mnist", (3, 3, 3, 3), 64, 32).task()
+    assert [m for m in learning_to_optimize.METHODS if not learning_to_optimize.can_read(m, deeper)] == ["NFN"]
