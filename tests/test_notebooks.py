@@ -19,6 +19,10 @@ ARTEFACTS = {
         *("figure_populations", "figure_park_graphs", "figure_training_generalization"),
         *("figure_predictions_cifar10_gs", "figure_predictions_cifar10_wild_park"),
     ],
+    "04": [
+        *("table_2", "table_other_networks", "table_horizon", "figure_3", "figure_training_fashion_mnist"),
+        *("figure_optimizee", "figure_meta_training", "figure_horizon"),
+    ],
 }
 
 
@@ -52,3 +56,7 @@ def test_notebook(number, tmp_path, monkeypatch):
             *("StatNN", "NG-GNN", "NG-GNN_Fourier", "NG-T"),
         ]
         assert table["mean"].between(-1, 1).all()
+    if number == "04":
+        table = pd.read_csv(directory / "table_2.csv")
+        assert table["method"].tolist() == 2 * ["Adam", "FF", "LSTM", "NFN", "NG-GNN", "NG-T"]
+        assert table["mean"].between(0, 100).all()

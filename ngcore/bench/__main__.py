@@ -4,7 +4,9 @@
 - `models`, `models_bfloat16`: training steps of the models that classify INRs;
 - `models_editing`: of those that edit INRs, with rendering what they make;
 - `graph`: tracing (which also says how many seconds a network takes) and laying weights into the wiring; its workloads
-  are in `ngcore.bench.graph`.
+  are in `ngcore.bench.graph`;
+- `zoo`: training populations of CNNs, and the models that read them (`ngcore.bench.zoo`);
+- `l2o`: seconds of a step of learned optimizers and of Adam, beside the network's own pass (`ngcore.bench.l2o`).
 
 Workloads import what they run only when they are built, in processes of their own: the one that starts them
 stays small, because a process's peak memory counts from its parent's.
@@ -29,6 +31,7 @@ from ngcore.bench.harness import (
     table_row,
     write_json,
 )
+from ngcore.bench.l2o import L2O_NOTE, L2O_ROWS
 from ngcore.bench.zoo import ZOO_ROWS
 
 if TYPE_CHECKING:
@@ -317,8 +320,9 @@ BENCHMARKS: dict[str, list[Benchmark]] = {
     ],
     "graph": GRAPH_ROWS,
     "zoo": ZOO_ROWS,
+    "l2o": L2O_ROWS,
 }
-NOTES = {"graph": GRAPH_NOTE}
+NOTES = {"graph": GRAPH_NOTE, "l2o": L2O_NOTE}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

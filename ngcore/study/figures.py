@@ -154,13 +154,60 @@ def training_curves(
         label = f"{method}, {probes} probes" if probes else method
         marker = "o" if len(epochs) == 1 else None  # a line of one point would not be seen
         ax.plot(epochs, mean, color=_colour(method), linestyle=line, marker=marker, label=label)
-        if len(values) > 1:
-            deviation = values.std(axis=0, ddof=1)
-            ax.fill_between(epochs, mean - deviation, mean + deviation, color=_colour(method), alpha=0.15, lw=0)
+        _band(ax, epochs, values, method)
     ax.set_xlabel("Epoch")
     ax.set_xlim(0.5, len(epochs) + 0.5)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_ylabel(ylabel or quantity)
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def _band(ax: Axes, x: ArrayLike, values: np.ndarray, method: str) -> None:
+    """One standard deviation around the mean of several seeds' curves, (seeds, points)."""
+    if len(values) > 1:
+        mean, deviation = values.mean(axis=0), values.std(axis=0, ddof=1)
+        ax.fill_between(x, mean - deviation, mean + deviation, color=_colour(method), alpha=0.15, lw=0)
+
+
+def step_curves(
+    records: Sequence[Mapping[str, Any]],
+    ax: Axes,
+    quantity: str,
+    *,
+    at: str | None = None,
+    window: int = 1,
+    scale: int | float = 1,
+    ylabel: str,
+    xlabel: str = "Step",
+) -> None:
+    """A quantity against the step, a line per method: mean over seeds, with a band of one standard deviation.
+
+    Args:
+        quantity: a name in the records' metrics, one number per step, or per element of `at`.
+        at: a name in the metrics, the steps of the quantity; None for every step.
+        window: numbers that are averaged into one point, which stands at the last of them.
+        scale: factor from the stored unit to the axis's.
+
+    Raises:
+        ValueError: runs of a method have different numbers of steps.
+    """
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        groups.setdefault(record["config"]["method"], []).append(record["metrics"])
+    for method in sorted(groups, key=method_order):
+        metrics = groups[method]
+        if len({len(own[quantity]) for own in metrics}) > 1:
+            raise ValueError(f"{quantity!r} of {method} has a different number of steps by seed: draw them apart")
+        values = scale * np.array([own[quantity] for own in metrics])
+        steps = np.array(metrics[0][at] if at else range(1, values.shape[1] + 1))
+        whole = values.shape[1] // window * window
+        values = values[:, :whole].reshape(len(values), -1, window).mean(axis=2)
+        steps = steps[window - 1 : whole : window]
+        marker = "o" if len(steps) == 1 else None
+        ax.plot(steps, values.mean(axis=0), color=_colour(method), marker=marker, label=method)
+        _band(ax, steps, values, method)
+    ax.set_xlabel(xlabel)
+    ax.set_ylabel(ylabel)
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 

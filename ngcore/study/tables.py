@@ -34,14 +34,15 @@ _HEADINGS = {
     "tested_on": "Tested on",
     "split": "Trained on",
     "target": "Target",
+    "variation": "Variation",
     "mean": "Ours",
     "seeds": "Seeds",
     "paper_mean": "Paper",
 }
 
 # Columns of words, which stand at the left, and those whose every combination has a best value of its own.
-_WORDS = ("dataset", "method", "loss", "trained_on", "tested_on", "split", "target")
-_APART = ("dataset", "split", "tested_on", "target")
+_WORDS = ("dataset", "method", "loss", "trained_on", "tested_on", "split", "target", "variation")
+_APART = ("dataset", "split", "tested_on", "target", "variation")
 
 _LATEX = {
     **{character: f"\\{character}" for character in "&%$#_{}"},

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
@@ -106,16 +106,29 @@ class ImageTask:
         inputs, labels, held_inputs, held_labels = _images(
             self.dataset, self.train_images, self.held_images, held, device
         )
-        layers = len(self.channels)
-        architecture = Architecture(
-            channels=(inputs.shape[1], *self.channels),
+        return Task(
+            partial(task_cnn, inputs.shape[1], self.channels, self.activation),
+            inputs,
+            labels,
+            held_inputs,
+            held_labels,
+            self.batch,
+        )
+
+
+def task_cnn(colours: int, channels: Sequence[int], activation: str) -> CNN:
+    """The network of an `ImageTask`."""
+    layers = len(channels)
+    return CNN(
+        Architecture(
+            channels=(colours, *channels),
             kernel_size=(3,) * layers,
             stride=(2,) + (1,) * (layers - 1),
             padding=(0,) + (1,) * (layers - 1),
-            activation=(self.activation,) * layers,
+            activation=(activation,) * layers,
             residual=(-1,) * layers,
         )
-        return Task(lambda: CNN(architecture), inputs, labels, held_inputs, held_labels, self.batch)
+    )
 
 
 @cache

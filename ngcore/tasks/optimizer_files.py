@@ -9,6 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from ngcore.models.optimizers import FEATURES, METHODS, LearnedOptimizer
 from ngcore.study.files import replacing
@@ -17,8 +18,8 @@ from ngcore.study.runs import ROOT
 SHIPPED = ROOT / "data" / "optimizers"
 
 
-def shipped(method: str) -> LearnedOptimizer:
-    """A learned optimizer that comes with ngcore, meta-trained on FashionMNIST: `.bind(network, example_input)`.
+def shipped_file(method: str) -> Path:
+    """Where a learned optimizer lies that comes with the repository.
 
     Raises:
         ValueError: an unknown method.
@@ -29,7 +30,21 @@ def shipped(method: str) -> LearnedOptimizer:
     path = SHIPPED / f"{method}.safetensors"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: learned optimizers lie in a clone of the repository")
-    return load(path)
+    return path
+
+
+def shipped(method: str) -> LearnedOptimizer:
+    """A learned optimizer that comes with the repository, meta-trained on FashionMNIST; errors as of `shipped_file`.
+
+    `shipped(method).bind(network, example_input)` optimizes a network.
+    """
+    return load(shipped_file(method))
+
+
+def provenance(method: str) -> dict[str, Any]:
+    """The meta-training that a shipped optimizer comes from: its config's fields, its device, its commit."""
+    about, _ = read(shipped_file(method))
+    return about["provenance"]
 
 
 def save(rule: LearnedOptimizer, path: Path, provenance: Mapping[str, Any]) -> None:
@@ -39,18 +54,26 @@ def save(rule: LearnedOptimizer, path: Path, provenance: Mapping[str, Any]) -> N
         save_file(rule.state_dict(), partial, metadata={"ngcore": json.dumps(about)})
 
 
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a file says of its optimizer ("method", "options", "features", "provenance"), and the weights.
+
+    Raises:
+        ValueError: it is no such file, or truncated.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads(file.metadata()["ngcore"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} holds no learned optimizer ({error!r})") from error
+
+
 def load(path: Path) -> LearnedOptimizer:
     """Read a learned optimizer.
 
     Raises:
         ValueError: the file is none, is truncated, or was made for other features.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            about = json.loads(file.metadata()["ngcore"])
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} holds no learned optimizer ({error!r})") from error
+    about, weights = read(path)
     if about["features"] != FEATURES:
         raise ValueError(f"{path} reads {about['features']} features of every scalar; ngcore makes {FEATURES}")
     rule = LearnedOptimizer(about["method"], **about["options"])
