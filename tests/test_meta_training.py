@@ -16,7 +16,7 @@ from ngcore.tasks.meta_training import Config, Learner, MetaTraining, meta_backw
 from ngcore.tasks.optimization import ImageTask, Task, train_network
 from ngcore.tasks.optimizer_files import save
 
-TINY = ImageTask("fashion_mnist", (3, 4, 3), train_images=64, held_images=32, batch=8)
+TINY = ImageTask("fashion_mnist", (3, 4, 3), train_images=64, validation_images=32, test_images=32, batch=8)
 each_method = pytest.mark.parametrize("method", METHODS)
 
 
@@ -253,14 +253,14 @@ def test_images_are_standardized_and_apart():
     std, mean = torch.std_mean(task.inputs)
     assert abs(mean) < 1e-5
     assert std == pytest.approx(1, abs=1e-4)
-    longer = ImageTask("fashion_mnist", (3,), train_images=96, held_images=1).task()
+    longer = ImageTask("fashion_mnist", (3,), 96, 0, 1).task()
     scale = longer.inputs[64:].std() / task.held_inputs.std()
     assert torch.allclose(
         (longer.inputs[64:] - longer.inputs[64:].mean()) / scale, task.held_inputs - task.held_inputs.mean(), atol=1e-4
     )
     with pytest.raises(ValueError, match="held images are for"):
         TINY.task("train")
-    colour = ImageTask("cifar10", (3,), 50, 10).task()
+    colour = ImageTask("cifar10", (3,), 50, 0, 10).task()
     assert colour.inputs.mean((0, 2, 3)).abs().max() < 1e-5
 
 
@@ -275,5 +275,5 @@ def test_cost_counts_time_and_memory():
 
 
 def test_what_can_be_read():
-    deeper = ImageTask("fashion_mnist", (3, 3, 3, 3), 64, 32).task()
+    deeper = ImageTask("fashion_mnist", (3, 3, 3, 3), 64, 0, 32).task()
     assert [m for m in learning_to_optimize.METHODS if not learning_to_optimize.can_read(m, deeper)] == ["NFN"]

@@ -32,7 +32,7 @@ from ngcore.tasks.optimization import ImageTask, Task, train_network
 
 VALIDATION_SEED = 1_000_000  # of the network that validation trains, far from those of meta-training
 # Steps that pass back through the optimizer together: as many as fit a processor's cache, or a GPU's memory.
-CHUNK = {"cpu": {"FF": 4, "LSTM": 4, "NFN": 4, "NG-GNN": 2, "NG-T": 1}, "cuda": {}}
+CHUNK = {"cpu": {"FF": 4, "LSTM": 4, "NFN": 4, "NG-GNN": 5, "NG-T": 2}, "cuda": {}}
 GPU_CHUNK = 25
 
 
@@ -60,7 +60,7 @@ class Config:
     trained_on: ImageTask
     outer_steps: int
     inner_steps: int = 100
-    horizon: int = 1000
+    horizon: int = 100
     networks: int = 1
     learning_rate: float = 1e-3
     clip: float = 1.0

@@ -87,13 +87,15 @@ class ImageTask:
         dataset: "fashion_mnist", "mnist" or "cifar10".
         channels: of the convolutions' outputs.
         train_images: the first of the training images.
-        held_images: as many of the following ones for validation, or the first ones of the test images.
+        validation_images: as many that follow them.
+        test_images: the first of the test images.
     """
 
     dataset: str
     channels: tuple[int, ...]
     train_images: int
-    held_images: int
+    validation_images: int
+    test_images: int
     activation: str = "relu"
     batch: int = 128
 
@@ -103,9 +105,10 @@ class ImageTask:
         Raises:
             ValueError: there are not so many images, or `held` is neither.
         """
-        inputs, labels, held_inputs, held_labels = _images(
-            self.dataset, self.train_images, self.held_images, held, device
-        )
+        if held not in ("validation", "test"):
+            raise ValueError(f"held images are for 'validation' or 'test', not {held!r}")
+        count = self.validation_images if held == "validation" else self.test_images
+        inputs, labels, held_inputs, held_labels = _images(self.dataset, self.train_images, count, held, device)
         return Task(
             partial(task_cnn, inputs.shape[1], self.channels, self.activation),
             inputs,
@@ -134,8 +137,6 @@ def task_cnn(colours: int, channels: Sequence[int], activation: str) -> CNN:
 @cache
 def _images(dataset: str, count: int, held: int, split: str, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Images to train on, standardized per channel by their own mean and deviation, and their labels; and held ones."""
-    if split not in ("validation", "test"):
-        raise ValueError(f"held images are for 'validation' or 'test', not {split!r}")
     every = load_images(dataset, "train", count + (held if split == "validation" else 0), cache=cache_directory())
     other = every if split == "validation" else load_images(dataset, "test", held, cache=cache_directory())
     pixels, others = (images.pixels.float() / 255 for images in (every, other))
