@@ -158,9 +158,9 @@ def configs_of(
             curve_every=curve_every,
             curve_images=curve_images,
         )
+        for seed in range(seeds)  # outermost, so that what is stopped early has some seeds of all
         for variation, task in tasks.items()
         for method in methods
-        for seed in range(seeds)
     ]
 
 
