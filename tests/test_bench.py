@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ngcore.bench import __main__ as command
-from ngcore.bench import zoo
+from ngcore.bench import l2o, zoo
 from ngcore.bench.harness import (
     REPETITIONS,
     SECONDS,
@@ -210,11 +210,21 @@ def test_park_rows_train_the_same_model_on_the_same_networks(method, monkeypatch
         assert workload.items == 4
 
 
+@pytest.mark.parametrize("method", l2o.METHODS)
+def test_optimizer_rows_step_and_pass(method, monkeypatch):
+    monkeypatch.setattr(l2o, "BATCH", 2)
+    for task in l2o.TASKS:
+        for factory in (partial(l2o.step, task, method), partial(l2o.passes, task)):
+            workload = factory()
+            workload.run()
+            assert workload.items == 1
+
+
 def test_run_as_a_script_workers_find_their_workloads(monkeypatch, capsys):
     name = "ngcore.bench.__main__"
     factories = [f for rows in command.BENCHMARKS.values() for row in rows for f in (row.ours, row.reference) if f]
     modules = {getattr(factory, "func", factory).__module__ for factory in factories}
-    assert modules == {name, "ngcore.bench.graph", "ngcore.bench.zoo"}
+    assert modules == {name, "ngcore.bench.graph", "ngcore.bench.zoo", "ngcore.bench.l2o"}
     monkeypatch.setitem(command.BENCHMARKS, "fake", [benchmark()])
     monkeypatch.setattr(sys, "argv", [name, "fake"])
     with pytest.raises(SystemExit, match="0"):
