@@ -26,7 +26,7 @@ def _own_rules():
 
 
 @pytest.mark.usefixtures("_own_rules")
-@pytest.mark.parametrize(("title", "blocks"), [("Explore", 3), ("Bring your own network", 4)])
+@pytest.mark.parametrize(("title", "blocks"), [("Explore", 3), ("Bring your own network", 4), ("Optimize with a network", 1)])
 def test_code_runs_in_order(title, blocks):
     found = code_of(title)
     assert len(found) == blocks
@@ -38,3 +38,5 @@ def test_code_runs_in_order(title, blocks):
         assert [block.kind for block in names["wiring"].blocks] == ["convolution", "convolution", "residual", "linear"]
         assert names["data"].num_nodes == 21
         assert names["bessel"].num_nodes == 11
+    if title == "Optimize with a network":
+        assert names["loss"] < 1.2  # from about log 4
