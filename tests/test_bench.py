@@ -28,6 +28,7 @@ from ngcore.bench.harness import (
     table_row,
     write_json,
 )
+from ngcore.tasks import learning_to_optimize
 
 
 def sleeping(seconds: float, items: int) -> Workload:
@@ -212,6 +213,7 @@ def test_park_rows_train_the_same_model_on_the_same_networks(method, monkeypatch
 
 @pytest.mark.parametrize("method", l2o.METHODS)
 def test_optimizer_rows_step_and_pass(method, monkeypatch):
+    assert l2o.METHODS == learning_to_optimize.METHODS
     monkeypatch.setattr(l2o, "BATCH", 2)
     for task in l2o.TASKS:
         for factory in (partial(l2o.step, task, method), partial(l2o.passes, task)):

@@ -13,7 +13,7 @@ from ngcore.study.runs import RunError, StoredRun
 from ngcore.study.training import DivergedError
 from ngcore.tasks import learning_to_optimize, meta_training
 from ngcore.tasks.meta_training import Config, Learner, MetaTraining, meta_backward, unroll
-from ngcore.tasks.optimization import ImageTask, Task, train_network
+from ngcore.tasks.optimization import FIRST_SEED, ImageTask, Task, task_cnn, train_network
 from ngcore.tasks.optimizer_files import save
 
 TINY = ImageTask("fashion_mnist", (3, 4, 3), train_images=64, validation_images=32, test_images=32, batch=8)
@@ -32,6 +32,12 @@ def tiny_task():
     return Task(build, inputs, labels, inputs, labels, batch=10)
 
 
+def tiny_images():
+    images = torch.randn(20, 1, 7, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels = torch.arange(20) % 10
+    return Task(lambda: task_cnn(1, (2, 3, 2), "tanh").double(), images, labels, images, labels, batch=10)
+
+
 def config_of(method, **changes):
     fields = {"outer_steps": 4, "inner_steps": 3, "horizon": 6, "validate_every": 2, "validation_steps": 4}
     return Config("fashion_mnist", method, 0, TINY, **fields | changes)
@@ -42,14 +48,14 @@ def _cache(tmp_path, monkeypatch):
     monkeypatch.setenv("NGCORE_CACHE", str(tmp_path))
 
 
-@pytest.mark.parametrize("method", ["FF", "LSTM", "NG-GNN", "NG-T"])
+@pytest.mark.parametrize("method", ["FF", "LSTM", "NFN", "NG-GNN", "NG-T"])
 def test_meta_gradient_is_the_finite_difference(method):
     """Of the mean loss of an unroll, as the rule's weights change, along a random direction and along coordinates.
 
-    The inputs of the rule are held fixed, and so is what the module says: gradients are not differentiated. So the
-    losses that are differenced are the unroll's own up to first order in how the weights move.
+    The rule reads what it read in the unroll, however its weights change: so the module defines the gradient. The
+    losses are the unroll's own at the weights that it ran with.
     """
-    task = tiny_task()
+    task = tiny_task() if method != "NFN" else tiny_images()  # NFN reads chains of convolutions
     torch.manual_seed(2)
     rule = LearnedOptimizer(method).double()
     network = task.network(0)
@@ -153,10 +159,14 @@ def test_runs_are_stored_and_name_what_is_missing(tmp_path):
     assert len(found["metrics"]["train_loss"]) == 5
     assert found["metrics"]["final_accuracy"] == found["metrics"]["accuracy"][-1]
     assert learning_to_optimize.run(config) == found
-    with pytest.raises(RunError, match=r"no finished meta-training of LSTM"):
+    assert found["metrics"]["outer_steps"] == record["metrics"]["best_step"]
+    with pytest.raises(RunError, match=r"is the meta-training of FF, not of LSTM"):
         learning_to_optimize.run(dataclasses.replace(config, method="LSTM"))
-    with pytest.raises(RunError, match=r"no finished meta-training of FF"):
+    with pytest.raises(RunError, match=r"holds no finished meta-training"):
         learning_to_optimize.run(dataclasses.replace(config, weights="0" * 16))
+    (tmp_path / "runs" / found["hash"] / "weights.safetensors").touch()
+    with pytest.raises(RunError, match=r"is a run of learning_to_optimize"):
+        meta_training.trained(found["hash"])
 
 
 def test_a_shipped_optimizer_is_part_of_a_runs_data(tmp_path, monkeypatch):
@@ -169,7 +179,7 @@ def test_a_shipped_optimizer_is_part_of_a_runs_data(tmp_path, monkeypatch):
         learning_to_optimize.run(config)
     hashes = set()
     for _ in range(2):
-        save(LearnedOptimizer("FF"), tmp_path / "shipped" / "FF.safetensors", {})
+        save(LearnedOptimizer("FF"), tmp_path / "shipped" / "FF.safetensors", {"best_step": 7})
         hashes.add(learning_to_optimize.run(config)["hash"])
     assert len(hashes) == 2
 
@@ -203,18 +213,84 @@ def test_tuning_takes_the_rate_with_the_best_mean():
     assert learning_to_optimize.run(configs[0])["metrics"]["final_accuracy"] <= 1
 
 
-def test_divergence_is_told(monkeypatch):
-    """In meta-training and in training; nothing is stored."""
+def test_divergence_is_told():
+    """In meta-training and at the first step of training."""
     task = dataclasses.replace(TINY.task(), loss=lambda outputs, labels: F.cross_entropy(outputs, labels) * math.inf)
     with pytest.raises(DivergedError, match=r"outer step 0 of FF: the gradient of layers\.0\.weight.* is not finite"):
         MetaTraining(config_of("FF"), task).outer_step(0)
-    with pytest.raises(FloatingPointError, match="the loss is not finite from step 0 on"):
+    with pytest.raises(FloatingPointError, match="step 0: the loss is inf"):
         train_network(task, lambda network: torch.optim.SGD(network.parameters(), 0.1), 0, 2, (2,))
+
+
+def test_a_gradient_of_the_optimizer_that_is_not_finite_is_told():
+    training = MetaTraining(config_of("FF"), TINY.task("validation"))
+    before = {name: values.clone() for name, values in training.rule.state_dict().items()}
+    next(training.rule.parameters()).register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(DivergedError, match=r"outer step 0 of FF: the gradient of its own weights is not finite"):
+        training.outer_step(0)
+    assert all(torch.equal(before[name], values) for name, values in training.rule.state_dict().items())
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, "learned"])
+def test_a_network_that_diverges_is_left_as_it_is(optimizer):
+    """The run says where, and its curves keep their lengths; a validation of such an optimizer counts as 0."""
+    training = MetaTraining(config_of("FF"), TINY.task("validation"))
+    with torch.no_grad():
+        training.rule.network[-1].bias.fill_(1e30)
+
+    def optimize(network):
+        if optimizer == "learned":
+            return training.rule.bind(network)
+        return optimizer(network.parameters(), lr=1e30)
+
+    found = train_network(training.task, optimize, 0, 9, (0, 3, 9))
+    assert found["diverged_at"] in (1, 2, 3)
+    assert len(found["train_loss"]) == 9
+    assert len(found["accuracy"]) == 3
+    assert all(map(math.isfinite, found["train_loss"]))
+    assert len(set(found["train_loss"][found["diverged_at"] :])) == 1
+    assert training.validate() == 0
+
+
+def test_networks_that_are_measured_are_no_others():
+    """Test, validation and meta-training draw networks of seeds of their own."""
+    task, drawn = TINY.task("validation"), []
+    spy = dataclasses.replace(task)
+    object.__setattr__(spy, "network", lambda seed: (drawn.append(seed), task.network(seed))[1])
+    training = MetaTraining(config_of("FF"), spy)
+    for step in range(3):
+        training.outer_step(step)
+    meta, drawn[:] = set(drawn), []
+    training.validate()
+    assert len(meta) > 1
+    assert len(drawn) == 1
+    assert meta.isdisjoint(drawn)
+    assert min(FIRST_SEED.values()) > max(meta) + 1000
+    assert abs(FIRST_SEED["test"] - FIRST_SEED["validation"]) > 1000
+
+
+def test_dropout_is_drawn_from_the_seed():
+    task = dataclasses.replace(
+        tiny_task(), build=lambda: nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 2)).double()
+    )
+    losses = []
+    for _ in range(2):
+        found = train_network(task, lambda network: torch.optim.SGD(network.parameters(), 0.1), 0, 5, (5,))
+        losses.append(found["train_loss"])
+    assert losses[0] == losses[1]
+    runs = []
+    for _ in range(2):
+        training = MetaTraining(config_of("FF"), task)
+        runs.append([training.outer_step(step) for step in range(3)])
+        torch.rand(3)
+    assert runs[0] == runs[1]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"horizon": 0}, "the horizon, 0 steps, is no multiple"),
+        ({"dataset": "mnist"}, "dataset 'mnist', but the task is on 'fashion_mnist'"),
         ({"horizon": 7}, "the horizon, 7 steps, is no multiple of 3 inner steps"),
         ({"outer_steps": 0}, "at least one outer step"),
         ({"inner_steps": 1, "horizon": 6}, "two inner steps"),
@@ -222,7 +298,7 @@ def test_divergence_is_told(monkeypatch):
 )
 def test_meta_training_that_makes_no_sense_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        config_of("FF", **changes)
+        dataclasses.replace(config_of("FF"), **changes)
 
 
 @pytest.mark.parametrize(
@@ -233,6 +309,7 @@ def test_meta_training_that_makes_no_sense_is_refused(changes, message):
         ({"method": "Adam"}, "Adam: learned optimizers, and no others"),
         ({"learning_rate": 0.1}, "FF: hand-designed optimizers, and no others, have a learning rate"),
         ({"steps": 0}, "must be at least 1"),
+        ({"dataset": "cifar10"}, "dataset 'cifar10', but the task is on 'fashion_mnist'"),
     ],
 )
 def test_runs_that_make_no_sense_are_refused(changes, message):
@@ -253,13 +330,16 @@ def test_images_are_standardized_and_apart():
     std, mean = torch.std_mean(task.inputs)
     assert abs(mean) < 1e-5
     assert std == pytest.approx(1, abs=1e-4)
-    longer = ImageTask("fashion_mnist", (3,), 96, 0, 1).task()
+    longer_task = ImageTask("fashion_mnist", (3,), 96, 0, 1)
+    longer = longer_task.task()
     scale = longer.inputs[64:].std() / task.held_inputs.std()
     assert torch.allclose(
         (longer.inputs[64:] - longer.inputs[64:].mean()) / scale, task.held_inputs - task.held_inputs.mean(), atol=1e-4
     )
     with pytest.raises(ValueError, match="held images are for"):
         TINY.task("train")
+    with pytest.raises(ValueError, match="the task on fashion_mnist has no validation images"):
+        longer_task.task("validation")
     colour = ImageTask("cifar10", (3,), 50, 0, 10).task()
     assert colour.inputs.mean((0, 2, 3)).abs().max() < 1e-5
 

@@ -20,7 +20,14 @@ ARTEFACTS = {
         *("figure_predictions_cifar10_gs", "figure_predictions_cifar10_wild_park"),
     ],
     "04": [
-        *("table_2", "table_other_networks", "table_horizon", "figure_3", "figure_training_fashion_mnist"),
+        *(
+            "table_2",
+            "table_other_networks",
+            "table_horizon",
+            "table_cost",
+            "figure_3",
+            "figure_training_fashion_mnist",
+        ),
         *("figure_optimizee", "figure_meta_training", "figure_horizon"),
     ],
 }

@@ -1,5 +1,6 @@
 """Learned optimizers: their rule against loops, equivariance, what carries over to other networks, refusals."""
 
+import copy
 import json
 import math
 
@@ -17,7 +18,7 @@ from ngcore.graph import TraceError
 from ngcore.models.optimizers import FEATURES, METHODS, BoundOptimizer, Layout, LearnedOptimizer
 from ngcore.models.optimizers.context import NFNContext, NGGNNContext
 from ngcore.models.optimizers.learned import ALPHA, BETA, DECAYS, P, log_and_sign, scalar_features
-from ngcore.tasks.optimizer_files import load, save
+from ngcore.tasks.optimizer_files import RULE, load, provenance, save, shipped
 
 each_method = pytest.mark.parametrize("method", METHODS)
 each_mode = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -399,14 +400,62 @@ def test_files_that_do_not_fit_are_told(tmp_path):
     save_file(weights, path)
     with pytest.raises(ValueError, match="holds no learned optimizer"):
         load(path)
-    about = {"method": "FF", "options": {}, "features": 10}
-    save_file(weights, path, metadata={"ngcore": json.dumps(about)})
-    with pytest.raises(ValueError, match="reads 10 features of every scalar; ngcore makes 14"):
-        load(path)
-    about = {"method": "LSTM", "options": {}, "features": FEATURES}
-    save_file(weights, path, metadata={"ngcore": json.dumps(about)})
-    with pytest.raises(ValueError, match="does not fit LSTM"):
-        load(path)
+    for about, message in (
+        ({"method": "FF", "options": {}, "rule": RULE | {"features": 10}}, "was trained for another rule"),
+        ({"method": "FF", "options": {}}, "was trained for another rule, None"),
+        ({"method": "LSTM", "options": {}, "rule": RULE}, "holds no optimizer of the method it names"),
+        ({"method": "FF", "options": {"depth": 3}, "rule": RULE}, "holds no optimizer of the method it names"),
+        ({"method": "SGD", "options": {}, "rule": RULE}, r"rule\.safetensors .* unknown method 'SGD'"),
+    ):
+        save_file(weights, path, metadata={"ngcore": json.dumps(about)})
+        with pytest.raises(ValueError, match=message):
+            load(path)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_shipped_was_trained(method):
+    """With its provenance: how long, on what, where, from which code."""
+    about = provenance(method)
+    assert about["method"] == method
+    assert about["best_step"] >= 50
+    assert about["outer_steps"] >= 200
+    assert about["trained_on"]["dataset"] == "fashion_mnist"
+    assert about["device"]
+    assert about["commit"]
+    assert isinstance(shipped(method), LearnedOptimizer)
+
+
+def test_states_of_others_are_refused():
+    network, other = cnn(2, 3, 2), cnn(2, 4, 2)
+    optimizers = [LearnedOptimizer("FF").bind(network), LearnedOptimizer("FF").bind(other)]
+    optimizers.append(torch.optim.Adam(network.parameters()))
+    for optimizer, own in zip(optimizers, (network, other, network), strict=True):
+        gradients_of(own)
+        optimizer.step()
+    optimizers[0].load_state_dict(optimizers[0].state_dict())
+    with pytest.raises(ValueError, match=r"layers\.0\.weight must be its momenta \(5, 3, 2, 3, 3\), not momenta"):
+        optimizers[0].load_state_dict(optimizers[1].state_dict())
+    with pytest.raises(ValueError, match=r"layers\.0\.weight must be its momenta .* not step \(\), exp_avg"):
+        optimizers[0].load_state_dict(optimizers[2].state_dict())
+
+
+def test_copies_step_alike():
+    network = cnn(2, 3, 2)
+    optimizer = LearnedOptimizer("LSTM").bind(network)
+    gradients_of(network)
+    optimizer.step()
+    again = copy.deepcopy(optimizer)
+    for p, own in zip(again.parameters, optimizer.parameters, strict=True):
+        assert p is not own
+        p.grad = own.grad.clone()
+    optimizer.step()
+    again.step()
+    assert all(torch.equal(p, own) for p, own in zip(again.parameters, optimizer.parameters, strict=True))
+
+
+def test_another_device_is_told():
+    with pytest.raises(ValueError, match="the optimizer is on meta, the network on cpu"):
+        LearnedOptimizer("FF").to("meta").bind(cnn(2, 3))
 
 
 def test_features_of_a_batch_are_those_of_each():

@@ -14,10 +14,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from ngcore.models.optimizers import METHODS as LEARNED
 from ngcore.models.optimizers import LearnedOptimizer
-from ngcore.study.runs import Record, RunError, StoredRun, cache_directory, environment, tensor_digest
-from ngcore.study.training import DivergedError
-from ngcore.tasks.optimization import ImageTask, Task, train_network
-from ngcore.tasks.optimizer_files import shipped
+from ngcore.study.runs import Record, RunError, StoredRun, cache_directory, environment, run_hash, tensor_digest
+from ngcore.tasks import meta_training
+from ngcore.tasks.optimization import FIRST_SEED, ImageTask, Task, train_network
+from ngcore.tasks.optimizer_files import provenance, shipped
 
 HAND_DESIGNED: dict[str, type[torch.optim.Optimizer]] = {"Adam": torch.optim.Adam}
 METHODS = (*HAND_DESIGNED, *LEARNED)
@@ -61,6 +61,8 @@ class Config:
             raise ValueError(f"{self.method}: learned optimizers, and no others, have weights")
         if (self.method in HAND_DESIGNED) != (self.learning_rate is not None):
             raise ValueError(f"{self.method}: hand-designed optimizers, and no others, have a learning rate")
+        if self.dataset != self.trained.dataset:
+            raise ValueError(f"dataset {self.dataset!r}, but the task is on {self.trained.dataset!r}")
         if min(self.steps, self.curve_every) < 1:
             raise ValueError(f"steps and curve_every must be at least 1, got {self.steps} and {self.curve_every}")
 
@@ -70,58 +72,49 @@ class Config:
         return (*range(0, self.steps, self.curve_every), self.steps)
 
 
-def learned(method: str, weights: str) -> LearnedOptimizer:
-    """The optimizer that a run names.
+def optimizer_of(config: Config, example: Tensor) -> tuple[Optimize, str, int | None]:
+    """What makes a run's optimizer of a network that reads such examples, a digest of its weights, and the number of
+    outer steps that they had. Learned and hand-designed ones are the same to the loop that trains the network.
 
     Raises:
-        RunError: there is no such meta-training run, or it is of another method.
+        RunError: the meta-training run that is named is not there, or is of another method.
     """
-    if weights == "shipped":
-        return shipped(method)
-    stored = StoredRun(cache_directory() / "runs" / weights, {}, "")
-    record = stored.result()
-    if record is None or record["config"]["method"] != method:
-        raise RunError(f"{stored.directory} holds no finished meta-training of {method}: run the meta-training first")
-    rule = LearnedOptimizer(method, **dict(record["config"]["options"]))
-    rule.load_state_dict(stored.weights())
-    return rule.eval()
-
-
-def optimizer_of(method: str, weights: str | None, learning_rate: float | None, example: Tensor) -> Optimize:
-    """What makes this method's optimizer of a network that reads such examples. Learned and hand-designed ones are the
-    same to the loop that trains the network."""
-    if method in HAND_DESIGNED:
-        return lambda network: HAND_DESIGNED[method](network.parameters(), lr=learning_rate)
-    rule = learned(method, weights).to(example.device)
-    return lambda network: rule.bind(network, example)
+    if config.method in HAND_DESIGNED:
+        return lambda network: HAND_DESIGNED[config.method](network.parameters(), lr=config.learning_rate), "", None
+    if config.weights == "shipped":
+        rule, steps = shipped(config.method), provenance(config.method)["best_step"]
+    else:
+        rule, record = meta_training.trained(config.weights)
+        steps = record["metrics"]["best_step"]
+        if rule.method != config.method:
+            raise RunError(f"run {config.weights} is the meta-training of {rule.method}, not of {config.method}")
+    digest = tensor_digest(rule.state_dict().values())  # a name does not tell what it stands for
+    rule = rule.to(example.device)
+    return lambda network: rule.bind(network, example), digest, steps
 
 
 def run(config: Config, on_epoch: Callable[[int, Record], None] = lambda step, scores: None) -> Record:
     """The result of a run: read if it is stored, else trained and stored.
 
-    Metrics: `train_loss` of every step; `accuracy` after `measured` steps; `final_accuracy`; `step_seconds`, the mean
-    time of a step of the training loop.
-
-    Raises:
-        DivergedError: names the run.
+    Metrics: as of `train_network`; `measured`, the steps of `accuracy`; `final_accuracy`; `outer_steps` that the
+    optimizer's weights had, None for hand-designed ones.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     task = config.trained.task(config.held, device)
-    optimize = optimizer_of(config.method, config.weights, config.learning_rate, task.example)
-    data = task.digest
-    if config.weights is not None:  # "shipped" is a name: what it stands for counts
-        data += tensor_digest(learned(config.method, config.weights).state_dict().values())
-    stored = StoredRun.of(config, data, cache_directory())
+    optimize, digest, outer_steps = optimizer_of(config, task.example)
+    stored = StoredRun.of(config, task.digest + digest, cache_directory())
     record = stored.result()
     if record is not None:
         return record
     started = time.monotonic()
-    try:
-        found = train_network(task, optimize, config.seed, config.steps, config.measured, config.curve_images)
-    except FloatingPointError as error:
-        raise DivergedError(f"{config.method} on {config.dataset}, seed {config.seed}: {error}") from error
+    seed = FIRST_SEED[config.held] + config.seed
+    found = train_network(task, optimize, seed, config.steps, config.measured, config.curve_images)
     seconds = time.monotonic() - started
-    metrics = found | {"measured": list(config.measured), "final_accuracy": found["accuracy"][-1]}
+    metrics = found | {
+        "measured": list(config.measured),
+        "final_accuracy": found["accuracy"][-1],
+        "outer_steps": outer_steps,
+    }
     on_epoch(config.steps, {"train_loss": found["train_loss"][-1]})
     return stored.finish(metrics, {}, environment(device) | {"train_seconds": round(seconds, 1)})
 
@@ -197,6 +190,27 @@ def can_read(method: str, task: Task) -> bool:
 
 
 COST_REPETITIONS = 20
+
+
+def cost_record(image_task: ImageTask, methods: Sequence[str]) -> Record:
+    """`cost` as a record that is kept beside those of the runs."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    task = image_task.task("test", device)
+    config = {
+        "task": "optimizer_cost",
+        "dataset": image_task.dataset,
+        "method": "all",
+        "seed": 0,
+        "trained": asdict(image_task),
+        "methods": list(methods),
+    }
+    return {
+        "hash": run_hash(config, task.digest),
+        "config": config,
+        "data": task.digest,
+        "metrics": {"cost": cost(task, methods).round(4).to_dict("records")},
+        "environment": environment(device) | {"train_seconds": 0.0},
+    }
 
 
 def cost(task: Task, methods: Sequence[str]) -> pd.DataFrame:

@@ -1,8 +1,8 @@
 """Meta-training of learned optimizers (paper, section 4.3): each outer step trains a network for 100 inner steps.
 
-The optimizer's inputs (weights, gradients, momenta) are held fixed, as of Andrychowicz et al. (2016): what is
-differentiated is how a change, once made, adds to all later weights. With changes u_t(φ), gradients g_t of the losses
-L_t and θ_t = θ_0 + Σ_{s<t} u_s,
+The optimizer's inputs are held fixed: gradients and momenta, as of Andrychowicz et al. (2016), and weights too, which
+is ours. What is differentiated is how a change, once made, adds to all later weights. With changes u_t(φ), gradients
+g_t of the losses L_t and θ_t = θ_0 + Σ_{s<t} u_s,
 
     d/dφ Σ_t L_t(θ_t) = Σ_s (Σ_{t>s} g_t) · du_s/dφ.
 
@@ -10,9 +10,9 @@ So the way forward keeps features and gradients alone, and needs one backward pa
 training needs anyway; on the way back all steps are independent and go through the optimizer as a batch. Memory does
 not grow with the optimizer's own states.
 
-That weights are inputs too, and not differentiated, leaves out how a change acts on later ones through the features of
-the weight. It matters little: with an NG-GNN after 70 outer steps, on a network of 8, 12 and 12 channels, the gradients
-with and without it had cosines of 0.87 to 0.99 and like norms, for unrolls of 10, 30 and 100 steps (two networks each).
+Weights held fixed, a change does not act on later ones through their features. Tried once, with an NG-GNN after 70
+outer steps on a network of 8, 12 and 12 channels: the gradients with and without this path had like norms and cosines
+of 0.87 to 0.99, for unrolls of 10, 30 and 100 steps, two networks each.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ngcore.models.optimizers import BoundOptimizer, Layout, LearnedOptimizer
-from ngcore.study.runs import Record, StoredRun, cache_directory, environment
+from ngcore.study.runs import Record, RunError, StoredRun, cache_directory, environment, read_record
 from ngcore.study.training import DivergedError
-from ngcore.tasks.optimization import ImageTask, Task, train_network
+from ngcore.tasks.optimization import FIRST_SEED, ImageTask, Task, train_network
 
-VALIDATION_SEED = 1_000_000  # of the network that validation trains, far from those of meta-training
-# Steps that pass back through the optimizer together: as many as fit a processor's cache, or a GPU's memory.
-CHUNK = {"cpu": {"FF": 4, "LSTM": 4, "NFN": 4, "NG-GNN": 5, "NG-T": 2}, "cuda": {}}
+# Steps that pass back through the optimizer together: as many as a processor's cache likes, or a GPU's memory.
+CPU_CHUNK = {"FF": 4, "LSTM": 4, "NFN": 4, "NG-GNN": 5, "NG-T": 2}
 GPU_CHUNK = 25
 
 
@@ -76,8 +76,10 @@ class Config:
                 "meta-training needs at least one outer step, one network and two inner steps, got "
                 f"{self.outer_steps}, {self.networks} and {self.inner_steps}"
             )
-        if self.horizon % self.inner_steps:
+        if self.horizon < self.inner_steps or self.horizon % self.inner_steps:
             raise ValueError(f"the horizon, {self.horizon} steps, is no multiple of {self.inner_steps} inner steps")
+        if self.dataset != self.trained_on.dataset:
+            raise ValueError(f"dataset {self.dataset!r}, but the task is on {self.trained_on.dataset!r}")
 
 
 @dataclass
@@ -97,10 +99,11 @@ def unroll(
     optimizer = learner.optimizer
     for _ in range(steps):
         losses.append(task.backward(learner.network, generator))
-        gradients.append(optimizer.gradients())
-        features.append(optimizer.features())
+        gradient, seen = optimizer.observe()
+        gradients.append(gradient)
+        features.append(seen)
         with torch.no_grad():
-            optimizer.move(optimizer.rule(features[-1].unsqueeze(0), optimizer.layout).squeeze(0))
+            optimizer.move(optimizer.rule(seen.unsqueeze(0), optimizer.layout).squeeze(0))
     learner.age += steps
     return torch.stack(features), torch.stack(gradients), torch.stack(losses)
 
@@ -125,10 +128,10 @@ class MetaTraining:
         self.config, self.task = config, task
         torch.manual_seed(config.seed)
         self.rule = LearnedOptimizer(config.method, **dict(config.options)).to(task.inputs.device)
-        self.layout = Layout.of(task.network(0), task.example)
+        self.layout = Layout.of(task.network(0), *([task.example] if self.rule.context.reads_graph else []))
         self.rule.fit_normalization(self.layout)
         self.outer = torch.optim.Adam(self.rule.parameters(), lr=config.learning_rate)
-        self.chunk = CHUNK[task.inputs.device.type].get(config.method, GPU_CHUNK)
+        self.chunk = CPU_CHUNK[config.method] if task.inputs.device.type == "cpu" else GPU_CHUNK
         self.started = 0
         self.learners = [self.new_learner() for _ in range(config.networks)]
         for i, learner in enumerate(self.learners):  # so that they are not all given up at once
@@ -143,10 +146,11 @@ class MetaTraining:
         """One step of Adam; the mean loss of the unrolls.
 
         Raises:
-            DivergedError: a loss is not finite.
+            DivergedError: a gradient, of a network or of the optimizer, is not finite.
         """
         config = self.config
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        torch.manual_seed(config.seed * 1_000_003 + step)  # what networks draw themselves, e.g. dropout
         self.outer.zero_grad()
         total = 0.0
         for i, learner in enumerate(self.learners):
@@ -158,21 +162,23 @@ class MetaTraining:
                 raise DivergedError(f"outer step {step} of {config.method}: {error}") from error
             meta_backward(self.rule, self.layout, features, gradients / config.networks, self.chunk)
             total += losses.mean().item() / config.networks
-        nn.utils.clip_grad_norm_(self.rule.parameters(), config.clip)
+        norm = nn.utils.clip_grad_norm_(self.rule.parameters(), config.clip)
+        if not torch.isfinite(norm):
+            raise DivergedError(f"outer step {step} of {config.method}: the gradient of its own weights is not finite")
         self.outer.step()
         return total
 
     def validate(self) -> float:
-        """Accuracy on validation images of a network that the optimizer trains."""
+        """Accuracy on validation images of a network that the optimizer trains; 0 where that diverges."""
         steps = self.config.validation_steps
         found = train_network(
             self.task,
             lambda network: BoundOptimizer(self.rule, dict(network.named_parameters()), self.layout),
-            VALIDATION_SEED,
+            FIRST_SEED["validation"],
             steps,
             measured=(steps,),
         )
-        return found["accuracy"][-1]
+        return 0.0 if found["diverged_at"] is not None else found["accuracy"][-1]
 
     def state(self) -> dict[str, Any]:
         """All that the next outer step depends on."""
@@ -247,3 +253,21 @@ def run(config: Config, on_epoch: Callable[[int, Record], None] = lambda step, s
     metrics = {name: state[name] for name in ("meta_loss", "validated", "val_score", "best_step")}
     seconds = {"train_seconds": round(state["seconds"], 1)}
     return stored.finish(metrics, state["best"], environment(device) | seconds)
+
+
+def trained(name: str) -> tuple[LearnedOptimizer, Record]:
+    """The optimizer that a stored run, named by its hash, ended with, and the run's record.
+
+    Raises:
+        RunError: there is no such meta-training run, or its weights are gone.
+    """
+    directory = cache_directory() / "runs" / name
+    if not all((directory / file).is_file() for file in ("result.json", "weights.safetensors")):
+        raise RunError(f"{directory} holds no finished meta-training: run the meta-training first")
+    record = read_record(directory / "result.json")
+    config = record["config"]
+    if config["task"] != Config.task:
+        raise RunError(f"{directory} is a run of {config['task']}, not of meta-training")
+    rule = LearnedOptimizer(config["method"], **dict(config["options"]))
+    rule.load_state_dict(load_file(directory / "weights.safetensors"))
+    return rule.eval(), record

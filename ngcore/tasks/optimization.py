@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
@@ -17,6 +18,8 @@ from ngcore.data.images import load_images
 from ngcore.study.runs import cache_directory, tensor_digest
 
 EVALUATION_BATCH = 500
+# The first seeds of networks that are measured; those that meta-training trains count from 0.
+FIRST_SEED = {"validation": 1_000_000, "test": 2_000_000_000}
 
 
 @dataclass(frozen=True)
@@ -105,18 +108,19 @@ class ImageTask:
         Raises:
             ValueError: there are not so many images, or `held` is neither.
         """
-        if held not in ("validation", "test"):
-            raise ValueError(f"held images are for 'validation' or 'test', not {held!r}")
-        count = self.validation_images if held == "validation" else self.test_images
-        inputs, labels, held_inputs, held_labels = _images(self.dataset, self.train_images, count, held, device)
-        return Task(
-            partial(task_cnn, inputs.shape[1], self.channels, self.activation),
-            inputs,
-            labels,
-            held_inputs,
-            held_labels,
-            self.batch,
-        )
+        return _task(self, held, device)
+
+
+@cache  # a process trains on one task many times
+def _task(images: ImageTask, held: str, device: str) -> Task:
+    if held not in ("validation", "test"):
+        raise ValueError(f"held images are for 'validation' or 'test', not {held!r}")
+    count = images.validation_images if held == "validation" else images.test_images
+    if count < 1:
+        raise ValueError(f"the task on {images.dataset} has no {held} images")
+    tensors = _images(images.dataset, images.train_images, count, held, device)
+    build = partial(task_cnn, tensors[0].shape[1], images.channels, images.activation)
+    return Task(build, *tensors, batch=images.batch)
 
 
 def task_cnn(colours: int, channels: Sequence[int], activation: str) -> CNN:
@@ -165,22 +169,34 @@ def train_network(
         curve_images: held examples that it is measured on before the last step.
 
     Returns:
-        `train_loss` of every step's batch before the step; `accuracy` at every measured step.
+        `train_loss` of every step's batch before the step; `accuracy` at every measured step; `diverged_at`, None or
+        the step whose loss or gradient was not finite: from there on the network stays as it is, and the last finite
+        loss is repeated.
 
     Raises:
-        FloatingPointError: a loss is not finite; names the step.
+        FloatingPointError: the very first loss is not finite.
     """
+    torch.manual_seed(seed)  # what networks draw themselves, e.g. dropout
     network = task.network(seed).train()
     optimizer = optimize(network)
     generator = torch.Generator().manual_seed(seed)
-    losses, accuracy = [], []
+    losses: list[float] = []
+    accuracy = []
+    diverged_at = None
     for step in range(steps + 1):
         if step in measured:
             accuracy.append(task.accuracy(network, None if step == steps else curve_images))
-        if step < steps:
-            losses.append(task.backward(network, generator))
+        if step == steps or diverged_at is not None:
+            continue
+        loss = task.backward(network, generator).item()
+        try:
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss is {loss}")
+            losses.append(loss)
             optimizer.step()
-    losses = torch.stack(losses).cpu()
-    if not torch.isfinite(losses).all():
-        raise FloatingPointError(f"the loss is not finite from step {int((~torch.isfinite(losses)).nonzero()[0])} on")
-    return {"train_loss": [round(loss, 5) for loss in losses.tolist()], "accuracy": accuracy}
+        except FloatingPointError as error:
+            if step == 0:
+                raise FloatingPointError(f"step 0: {error}") from error
+            diverged_at = step
+    losses += losses[-1:] * (steps - len(losses))
+    return {"train_loss": [round(loss, 5) for loss in losses], "accuracy": accuracy, "diverged_at": diverged_at}

@@ -12,10 +12,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ngcore.models.optimizers import FEATURES, METHODS, LearnedOptimizer
+from ngcore.models.optimizers.learned import ALPHA, BETA, DECAYS, P
 from ngcore.study.files import replacing
 from ngcore.study.runs import ROOT
 
 SHIPPED = ROOT / "data" / "optimizers"
+RULE = {"features": FEATURES, "decays": list(DECAYS), "p": P, "alpha": ALPHA, "beta": BETA}
 
 
 def shipped_file(method: str) -> Path:
@@ -49,13 +51,13 @@ def provenance(method: str) -> dict[str, Any]:
 
 def save(rule: LearnedOptimizer, path: Path, provenance: Mapping[str, Any]) -> None:
     """Write a learned optimizer with its method, its options and where it comes from."""
-    about = {"method": rule.method, "options": rule.options, "features": FEATURES, "provenance": dict(provenance)}
+    about = {"method": rule.method, "options": rule.options, "rule": RULE, "provenance": dict(provenance)}
     with replacing(path) as partial:
         save_file(rule.state_dict(), partial, metadata={"ngcore": json.dumps(about)})
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What a file says of its optimizer ("method", "options", "features", "provenance"), and the weights.
+    """What a file says of its optimizer ("method", "options", "rule", "provenance"), and the weights.
 
     Raises:
         ValueError: it is no such file, or truncated.
@@ -71,14 +73,14 @@ def load(path: Path) -> LearnedOptimizer:
     """Read a learned optimizer.
 
     Raises:
-        ValueError: the file is none, is truncated, or was made for other features.
+        ValueError: the file is none, is truncated, or was trained for other features or another rule.
     """
     about, weights = read(path)
-    if about["features"] != FEATURES:
-        raise ValueError(f"{path} reads {about['features']} features of every scalar; ngcore makes {FEATURES}")
-    rule = LearnedOptimizer(about["method"], **about["options"])
+    if about.get("rule") != RULE:
+        raise ValueError(f"{path} was trained for another rule, {about.get('rule')}; ngcore's is {RULE}")
     try:
+        rule = LearnedOptimizer(about["method"], **about["options"])
         rule.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit {about['method']}: {error}") from error
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} holds no optimizer of the method it names: {error}") from error
     return rule.eval()

@@ -1,8 +1,9 @@
 """What learned optimizers know of a scalar beside its own features: what its layer, or the network, looks like.
 
-Each is a module that reads the features of all scalars of a network, (batch, scalars, FEATURES), and returns a state
-for each, (batch, scalars, width). Permuting hidden neurons of the network permutes the states. None holds anything of a
-network's size, so one that was trained on one network runs on others.
+Each is a module of a `width` that reads the features of all scalars of a network, (batch, scalars, FEATURES), and
+returns a state for each, (batch, scalars, width). Permuting hidden neurons of the network permutes the states. None
+holds anything of a network's size, so one that was trained on one network runs on others. `reads_graph` says whether
+the layout has to know the network's graph.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class NoContext(nn.Module):
     """FF: a scalar is on its own (Metz et al., 2019)."""
 
     width = 0
+    reads_graph = False
 
     def forward(self, features: Float[Tensor, "batch scalars 14"], layout: Layout) -> Float[Tensor, "batch scalars 0"]:
         return features[..., :0]
@@ -38,6 +40,8 @@ class NoContext(nn.Module):
 class LayerLSTM(nn.Module):
     """LSTM: the features' averages over every parameter tensor pass through an LSTM from the first tensor to the last
     (Metz et al., 2020); its state is that of the tensor's scalars."""
+
+    reads_graph = False
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -59,6 +63,8 @@ class NFNContext(nn.Module):
     Args:
         kernel_size: of the convolutions, which a linear layer follows.
     """
+
+    reads_graph = True
 
     def __init__(self, width: int = 8, layers: int = 2, kernel_size: Sequence[int] = (3, 3, 3)) -> None:
         super().__init__()
@@ -100,6 +106,8 @@ class GraphContext(nn.Module):
     (paper, section 4.3). Nodes are told apart by their role alone, not one by one: how a class or a colour is numbered
     says nothing about how to optimize, and the model fits networks with other numbers of them.
     """
+
+    reads_graph = True
 
     def __init__(self, width: int, node_width: int, edge_width: int) -> None:
         super().__init__()

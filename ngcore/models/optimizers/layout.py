@@ -51,7 +51,7 @@ class Layout:
             left = [name for name in self.shapes if name not in wiring.shapes]
             if left:
                 raise ValueError(f"no operator reads the parameters {', '.join(left)}: they are not on the graph")
-            self.edge_scalars  # noqa: B018  # a kernel that does not fit is found now
+            self._parts = self._read_parts()
 
     @classmethod
     def of(cls, network: nn.Module, *example_inputs: Any) -> Layout:
@@ -112,8 +112,7 @@ class Layout:
         )
         return NeuralGraph(self.wiring, nodes, edges).map(lambda ids: ids.to(self.device))
 
-    @cached_property
-    def _parts(self) -> list[tuple[tuple[int, int], Tensor, Tensor, Tensor]]:
+    def _read_parts(self) -> list[tuple[tuple[int, int], Tensor, Tensor, Tensor]]:
         """Shape (targets, sources), target and source nodes and scalars of the parts of all blocks, sorted by shape."""
         found = []
         for block, ids in zip(self.wiring.blocks, self.ids.edges, strict=True):

@@ -100,7 +100,7 @@ class LearnedOptimizer(nn.Module):
             TraceError: the network has operators that the graph cannot hold; the message names them.
             ValueError: it has kernels larger than 3x3, or layers that the method was not built for.
         """
-        layout = Layout.of(network, *(() if self.method in ("FF", "LSTM") else example_inputs))
+        layout = Layout.of(network, *(example_inputs if self.context.reads_graph else ()))
         return BoundOptimizer(self, dict(network.named_parameters()), layout)
 
 
@@ -114,8 +114,31 @@ class BoundOptimizer(torch.optim.Optimizer):
         super().__init__(parameters.values(), {})
         self.rule, self.names, self.layout = rule, list(parameters), layout
         weight = next(rule.parameters())
+        if weight.device != layout.device:
+            raise ValueError(
+                f"the optimizer is on {weight.device}, the network on {layout.device}: move the one to the "
+                "other first, rule.to(device)"
+            )
         with torch.no_grad():  # whether the method can read these layers is found now
             rule(weight.new_zeros(1, layout.count, FEATURES), layout)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: torch's own leaves out what subclasses add."""
+        return super().__getstate__() | {"rule": self.rule, "names": self.names, "layout": self.layout}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the momenta back that `state_dict` gave.
+
+        Raises:
+            ValueError: they are of another optimizer, or of another network; the error names the parameter.
+        """
+        for i, own in state_dict["state"].items():
+            expected = (len(DECAYS), *self.parameters[i].shape) if i < len(self.names) else None
+            if set(own) != {"momenta"} or tuple(own["momenta"].shape) != expected:
+                found = ", ".join(f"{name} {tuple(getattr(value, 'shape', ()))}" for name, value in own.items())
+                name = self.names[i] if expected else f"number {i}"
+                raise ValueError(f"the state of parameter {name} must be its momenta {expected}, not {found}")
+        super().load_state_dict(state_dict)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -143,25 +166,14 @@ class BoundOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.move(self.rule(self.features().unsqueeze(0), self.layout).squeeze(0))
+        _, features = self.observe()
+        self.move(self.rule(features.unsqueeze(0), self.layout).squeeze(0))
         return loss
 
     @torch.no_grad()
-    def gradients(self) -> Float[Tensor, " scalars"]:
-        """Of all parameters, in the order of the layout; errors as of `step`."""
-        missing = [n for n, p in zip(self.names, self.parameters, strict=True) if p.grad is None]
-        if missing:
-            raise ValueError(f"no gradient of {', '.join(missing)}: call loss.backward() before step()")
-        found = self.layout.flatten(p.grad for p in self.parameters)
-        if not torch.isfinite(found).all():
-            bad = [n for n, p in zip(self.names, self.parameters, strict=True) if not torch.isfinite(p.grad).all()]
-            raise FloatingPointError(f"the gradient of {', '.join(bad)} is not finite; nothing was changed")
-        return found
-
-    @torch.no_grad()
-    def features(self) -> Float[Tensor, "scalars 14"]:
-        """What the rule reads, after the momenta took in the gradients; errors as of `step`."""
-        gradients = self.gradients()
+    def observe(self) -> tuple[Float[Tensor, " scalars"], Float[Tensor, "scalars 14"]]:
+        """Take the gradients into the momenta; the gradients, and what the rule reads. Errors as of `step`."""
+        gradients = self._gradients()
         weights = self.layout.flatten(self.parameters)
         if not self.state:
             for p in self.parameters:
@@ -170,7 +182,21 @@ class BoundOptimizer(torch.optim.Optimizer):
         momenta = self.layout.flatten(own)
         momenta.lerp_(gradients, 1 - gradients.new_tensor(DECAYS).unsqueeze(1))
         torch._foreach_copy_(own, self.layout.split(momenta))
-        return scalar_features(weights, gradients, momenta).to(next(self.rule.parameters()).dtype)
+        return gradients, scalar_features(weights, gradients, momenta).to(next(self.rule.parameters()).dtype)
+
+    def _gradients(self) -> Float[Tensor, " scalars"]:
+        """Of all parameters, in the order of the layout."""
+        missing = [n for n, p in zip(self.names, self.parameters, strict=True) if p.grad is None]
+        if missing:
+            raise ValueError(
+                f"no gradient of {', '.join(missing)}: call loss.backward() before step(). A learned optimizer changes "
+                "every parameter of its network: none may be frozen or unused"
+            )
+        found = self.layout.flatten(p.grad for p in self.parameters)
+        if not torch.isfinite(found).all():
+            bad = [n for n, p in zip(self.names, self.parameters, strict=True) if not torch.isfinite(p.grad).all()]
+            raise FloatingPointError(f"the gradient of {', '.join(bad)} is not finite; nothing was changed")
+        return found
 
     @torch.no_grad()
     def move(self, change: Float[Tensor, " scalars"]) -> None:
