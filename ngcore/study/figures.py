@@ -40,7 +40,7 @@ _COLOURS = {
         "SetNN": 1,
         "StatNN": 9,
     },
-    **{"Adam": 7, "FF": 5, "LSTM": 1},
+    **{"Adam": 7, "FF": 2, "LSTM": 9},
 }
 _LINES = ("solid", "dashed", "dashdot", "dotted")
 _MARKERS = ("o", "s", "^", "D")
