@@ -35,6 +35,7 @@ from ngcore.tasks.optimization import FIRST_SEED, ImageTask, Task, train_network
 # Steps that pass back through the optimizer together: as many as a processor's cache likes, or a GPU's memory.
 CPU_CHUNK = {"FF": 4, "LSTM": 4, "NFN": 4, "NG-GNN": 5, "NG-T": 2}
 GPU_CHUNK = 25
+CHECKPOINT_EVERY = 10  # outer steps
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,11 @@ class MetaTraining:
     def new_learner(self) -> Learner:
         network = self.task.network(self.config.seed * 1_000_003 + self.started).train()
         self.started += 1
-        return Learner(network, BoundOptimizer(self.rule, dict(network.named_parameters()), self.layout), 0)
+        return Learner(network, self.bind(network), 0)
+
+    def bind(self, network: nn.Module) -> BoundOptimizer:
+        """As of the rule, but the layout, which all networks of the task share, is not read again."""
+        return BoundOptimizer(self.rule, dict(network.named_parameters()), self.layout)
 
     def outer_step(self, step: int) -> float:
         """One step of Adam; the mean loss of the unrolls.
@@ -171,13 +176,7 @@ class MetaTraining:
     def validate(self) -> float:
         """Accuracy on validation images of a network that the optimizer trains; 0 where that diverges."""
         steps = self.config.validation_steps
-        found = train_network(
-            self.task,
-            lambda network: BoundOptimizer(self.rule, dict(network.named_parameters()), self.layout),
-            FIRST_SEED["validation"],
-            steps,
-            measured=(steps,),
-        )
+        found = train_network(self.task, self.bind, FIRST_SEED["validation"], steps, measured=(steps,))
         return 0.0 if found["diverged_at"] is not None else found["accuracy"][-1]
 
     def state(self) -> dict[str, Any]:
@@ -200,9 +199,6 @@ class MetaTraining:
             learner.network.load_state_dict(stored["network"])
             learner.optimizer.load_state_dict(stored["optimizer"])
         self.started = state["started"]
-
-
-CHECKPOINT_EVERY = 10  # outer steps
 
 
 def run(config: Config, on_epoch: Callable[[int, Record], None] = lambda step, scores: None) -> Record:
