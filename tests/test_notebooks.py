@@ -26,7 +26,7 @@ ARTEFACTS = {
             "table_horizon",
             "table_cost",
             "figure_3",
-            "figure_training_fashion_mnist",
+            "figure_3_fashion_mnist",
         ),
         *("figure_optimizee", "figure_meta_training", "figure_horizon"),
     ],
