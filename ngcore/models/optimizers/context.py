@@ -77,7 +77,7 @@ class NFNContext(nn.Module):
         self.layers = nn.ModuleList(EquivariantLayer(self.space, *pair, "mean") for pair in pairwise(widths))
 
     def forward(self, features: Float[Tensor, "batch scalars 14"], layout: Layout) -> Float[Tensor, "batch scalars w"]:
-        space = WeightSpace(layout.wiring, "NP")
+        space = layout.weight_space
         own, theirs = ((s.supports, s.multiplicity) for s in (self.space, space))
         if own != theirs:
             raise ValueError(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ngcore.graph import Block, NeuralGraph, Wiring, trace
 from ngcore.graph.collection import Stack
 from ngcore.graph.data import ROLES, kernel_places
+from ngcore.models.baselines.weight_space import WeightSpace
 
 WINDOW = (3, 3)  # kernels are centred in it; weights without a kernel lie at its centre
 POSITIONS = math.prod(WINDOW)
@@ -111,6 +112,11 @@ class Layout:
             for block, ids in zip(self.wiring.blocks, graph.edges, strict=True)
         )
         return NeuralGraph(self.wiring, nodes, edges).map(lambda ids: ids.to(self.device))
+
+    @cached_property
+    def weight_space(self) -> WeightSpace:
+        """Of the group NP; a ValueError where the network is no chain of layers."""
+        return WeightSpace(self.wiring, "NP")
 
     def _read_parts(self) -> list[tuple[tuple[int, int], Tensor, Tensor, Tensor]]:
         """Shape (targets, sources), target and source nodes and scalars of the parts of all blocks, sorted by shape."""
