@@ -30,6 +30,11 @@ ARTEFACTS = {
         ),
         *("figure_optimizee", "figure_meta_training", "figure_horizon"),
     ],
+    "05": [
+        *("table_6", "table_7", "table_equal_fit", "table_directions", "table_normalization", "table_biases"),
+        *("table_probe_points", "table_linear", "table_noise", "table_sizes", "table_augmentation", "figure_4"),
+        *("figure_directions", "figure_probe_points", "figure_noise", "figure_sizes", "figure_augmentation"),
+    ],
 }
 
 
@@ -67,3 +72,7 @@ def test_notebook(number, tmp_path, monkeypatch):
         table = pd.read_csv(directory / "table_2.csv")
         assert table["method"].tolist() == 2 * ["Adam", "FF", "LSTM", "NFN", "NG-GNN", "NG-T"]
         assert table["mean"].between(0, 100).all()
+    if number == "05":
+        table = pd.read_csv(directory / "table_6.csv")
+        assert table["method"].tolist() == ["StatNN", "NG-GNN", "NG-GNN_without", "NG-T", "NG-T_without"]
+        assert table["paper_mean"].tolist() == [0.719, 0.804, 0.778, 0.817, 0.728]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -18,12 +19,14 @@ class Augmentation:
         rotate: largest angle in degrees.
         zoom: largest relative change of scale.
         weight_dropout: probability that a weight is set to zero.
+        permute: give the hidden neurons of every layer a random order, which keeps the image as it is.
     """
 
     translate: float = 0.25
     rotate: float = 45.0
     zoom: float = 0.2
     weight_dropout: float = 1e-2
+    permute: bool = False
 
     def __call__(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
         """Changed copies of a batch of parameters, (batch, out, in) weights and (batch, out) biases."""
@@ -40,7 +43,20 @@ class Augmentation:
         for name, values in changed.items():
             if name.endswith("weight"):
                 changed[name] = values * (torch.rand_like(values) >= self.weight_dropout)
-        return changed
+        return permuted(changed) if self.permute else changed
+
+
+def permuted(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters of MLPs whose hidden neurons have a random order, drawn for every network and layer."""
+    changed = dict(parameters)
+    names = [name for name in parameters if name.endswith("weight")]
+    for here, following in pairwise(names):
+        weight, bias = changed[here], here.replace("weight", "bias")
+        order = torch.rand(weight.shape[:2], device=weight.device).argsort(dim=1)
+        changed[here] = weight.gather(1, order.unsqueeze(2).expand_as(weight))
+        changed[bias] = changed[bias].gather(1, order)
+        changed[following] = changed[following].gather(2, order.unsqueeze(1).expand_as(changed[following]))
+    return changed
 
 
 def rotation(angle: Tensor) -> Tensor:

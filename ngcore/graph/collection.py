@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ngcore.graph.data import kernel_places, largest_kernel
+from ngcore.graph.data import Linear, kernel_places, largest_kernel
 from ngcore.graph.neural_graph import NeuralGraph
 from ngcore.graph.wiring import Block, Group, Wiring
 
@@ -27,10 +27,12 @@ class Frame:
     """What graphs of several wirings have in common, so that one model reads them all.
 
     Args:
-        window: kernels are centred in it; weights without a kernel lie at its centre, as of a 1x1 convolution.
+        window: kernels are centred in it.
         inputs, outputs: input and output neurons, each of which is told apart.
         layers: hidden layers, each of which is told apart.
         activations: names of the hidden neurons' activations.
+        linear: where weights without a kernel lie: at the window's centre, as of a 1x1 convolution ("convolution"), or
+            at its first place ("linear"; paper, section 2.2).
     """
 
     window: tuple[int, ...]
@@ -38,6 +40,7 @@ class Frame:
     outputs: int
     layers: int
     activations: tuple[str, ...]
+    linear: Linear = "convolution"
 
     @classmethod
     def of(cls, wirings: Iterable[Wiring]) -> Frame:
@@ -331,7 +334,7 @@ def _layouts(wirings: Sequence[Wiring], frame: Frame) -> _Layouts:
         columns["num_parts"].append(len(columns["shape"]) - columns["first_part"][-1])
     return _Layouts(
         **{name: torch.tensor(values) for name, values in columns.items()},
-        kernels=torch.stack([_window(kernel, frame.window) for kernel in kernels]),
+        kernels=torch.stack([_window(kernel, frame) for kernel in kernels]),
         widths=torch.tensor([math.prod(kernel) for kernel in kernels]),
         shapes=tuple(shapes),
     )
@@ -396,8 +399,10 @@ def _hops_to_outputs(wiring: Wiring) -> list[int]:
     return hops
 
 
-def _window(kernel: tuple[int, ...], window: tuple[int, ...]) -> Tensor:
+def _window(kernel: tuple[int, ...], frame: Frame) -> Tensor:
     """For every place of the flattened window, which of a kernel's numbers lies there, -1 for none."""
-    inside = torch.full((math.prod(window),), -1)
-    inside[kernel_places(kernel, window)] = torch.arange(math.prod(kernel))
+    inside = torch.full((frame.features,), -1)
+    first = not kernel and frame.linear == "linear"
+    places = torch.zeros(1, dtype=torch.long) if first else kernel_places(kernel, frame.window)
+    inside[places] = torch.arange(math.prod(kernel))
     return inside

@@ -20,7 +20,8 @@ from ngcore.graph.wiring import Reference, Step
 def activations(graph: NeuralGraph, points: Float[Tensor, "points inputs"]) -> list[Float[Tensor, ...]]:
     """Every neuron's activation at the given inputs, by one batched forward pass (paper, equation 2).
 
-    The networks of the batch must be feed-forward with one input group and blocks in the order of computation.
+    The networks of the batch must be feed-forward with one input group and blocks in the order of computation. Other
+    neurons that no edge enters are bias nodes: they are 1.
 
     Shapes:
         result[g]: (*batch, size of group g, points); the input group shows the points themselves.
@@ -36,7 +37,8 @@ def activations(graph: NeuralGraph, points: Float[Tensor, "points inputs"]) -> l
     groups, first = graph.wiring.groups, graph.edges[0]
     batch = first.shape[:-3]
     sums: list[Tensor | None] = [None] * len(groups)
-    values = [points.T.expand(*batch, *points.T.shape)] + [first.new_empty(0)] * (len(groups) - 1)
+    values = [points.T.expand(*batch, *points.T.shape)]
+    values += [first.new_ones(1).expand(*batch, group.size, len(points)) for group in groups[1:]]
     for b, (block, edges) in enumerate(zip(graph.wiring.blocks, graph.edges, strict=True)):
         product = edges.squeeze(-1) @ values[block.source]
         before = sums[block.target]

@@ -27,19 +27,39 @@ def fourier_features(
     return torch.cat([phase.cos(), phase.sin()], dim=-1)
 
 
-class Standardize(nn.Module):
-    """One mean and standard deviation per layer, weights and biases apart (paper, section 2.4, Normalization).
+NORMALIZATIONS = ("layer", "neuron", "none")
 
-    Buffers, so that they are stored with a model: `node_mean`, `node_std` per group, `edge_mean`, `edge_std` per block.
-    Until `fit` they are the identity. Groups without biases stay at zero.
+
+class Standardize(nn.Module):
+    """Numbers less their mean, divided by their standard deviation over a training set (paper, section 2.4).
+
+    Buffers, so that they are stored with a model: `node_mean`, `node_std`, `edge_mean`, `edge_std`. Until `fit` they
+    are the identity. Groups without biases stay at zero.
+
+    Args:
+        per: "layer", one mean and deviation per layer, weights and biases apart; "neuron", one for every single weight
+            and bias, which permuting neurons does not respect; "none", everything stays as it is.
     """
 
-    def __init__(self, wiring: Wiring) -> None:
+    def __init__(self, wiring: Wiring, per: str = "layer") -> None:
         super().__init__()
-        self.wiring = wiring
-        for kind, count in (("node", len(wiring.groups)), ("edge", len(wiring.blocks))):
+        if per not in NORMALIZATIONS:
+            raise ValueError(f"normalization is one of {', '.join(NORMALIZATIONS)}, not {per!r}")
+        self.wiring, self.per = wiring, per
+        empty = wiring.graph({name: torch.empty(shape, device="meta") for name, shape in wiring.parameters})
+        self.shapes = {"node": [x.shape for x in empty.nodes], "edge": [x.shape for x in empty.edges]}
+        if per != "neuron":
+            self.shapes = {kind: [torch.Size(())] * len(shapes) for kind, shapes in self.shapes.items()}
+        for kind, shapes in self.shapes.items():
+            count = sum(shape.numel() for shape in shapes)
             self.register_buffer(f"{kind}_mean", torch.zeros(count))
             self.register_buffer(f"{kind}_std", torch.ones(count))
+
+    def parts(self, kind: str, statistic: str) -> list[Tensor]:
+        """Views of a buffer, for every group ("node") or block ("edge")."""
+        shapes = self.shapes[kind]
+        parts = getattr(self, f"{kind}_{statistic}").split([shape.numel() for shape in shapes])
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def fit(self, graph: NeuralGraph) -> None:
         """Take the statistics of a training set.
@@ -52,11 +72,19 @@ class Standardize(nn.Module):
             if not torch.isfinite(values).all():
                 network = int(torch.nonzero(~torch.isfinite(values))[0, 0])
                 raise ValueError(f"parameter {name} of network {network} is not finite")
-        for b, edges in enumerate(graph.edges):
-            self.edge_mean[b], self.edge_std[b] = edges.mean(), spread(edges)
-        for g, (group, nodes) in enumerate(zip(graph.wiring.groups, graph.nodes, strict=True)):
-            if group.bias is not None:
-                self.node_mean[g], self.node_std[g] = nodes.mean(), spread(nodes)
+        if self.per == "none":
+            return
+        known = {
+            "node": [group.bias is not None for group in graph.wiring.groups],
+            "edge": [True] * len(graph.wiring.blocks),
+        }
+        axes = 0 if self.per == "neuron" else None
+        for kind, numbers in (("node", graph.nodes), ("edge", graph.edges)):
+            means, stds = self.parts(kind, "mean"), self.parts(kind, "std")
+            for values, mean, std, is_known in zip(numbers, means, stds, known[kind], strict=True):
+                if is_known:
+                    mean.copy_(values.mean(axes))
+                    std.copy_(spread(values, axes))
 
     def forward(self, graph: NeuralGraph) -> NeuralGraph:
         """The standardized graph.
@@ -65,9 +93,14 @@ class Standardize(nn.Module):
             ValueError: it is of another wiring.
         """
         self._check_wiring(graph)
-        nodes = ((x - mean) / std for x, mean, std in zip(graph.nodes, self.node_mean, self.node_std, strict=True))
-        edges = ((x - mean) / std for x, mean, std in zip(graph.edges, self.edge_mean, self.edge_std, strict=True))
-        return NeuralGraph(graph.wiring, tuple(nodes), tuple(edges))
+        nodes, edges = (
+            tuple(
+                (x - mean) / std
+                for x, mean, std in zip(numbers, self.parts(kind, "mean"), self.parts(kind, "std"), strict=True)
+            )
+            for kind, numbers in (("node", graph.nodes), ("edge", graph.edges))
+        )
+        return NeuralGraph(graph.wiring, nodes, edges)
 
     def _check_wiring(self, graph: NeuralGraph) -> None:
         if graph.wiring is not self.wiring and graph.wiring != self.wiring:
@@ -82,22 +115,35 @@ def describe(wiring: Wiring) -> str:
     return f"layers of {[group.size for group in wiring.groups]} neurons ({wiring.groups[1].activation})"
 
 
-def spread(values: Tensor) -> Tensor:
+def spread(values: Tensor, axes: int | None = None) -> Tensor:
     """Standard deviation to divide by: 1 where all values are the same."""
-    std = values.std(correction=0)
+    std = values.std(axes, correction=0)
     return torch.where(std > 0, std, 1.0)
 
 
-class ProbeFeatures(nn.Module):
-    """Activations of the input network at learned inputs, projected per layer (paper, equation 2).
+PROBINGS = ("learned", "random", "grid")
 
-    `points` (M, inputs) starts uniform in [-1, 1]: the range of an INR's coordinates.
+
+class ProbeFeatures(nn.Module):
+    """Activations of the input network at some inputs, projected per layer (paper, equation 2).
+
+    Args:
+        probing: "learned", `points` (M, inputs) that start uniform in [-1, 1], the range of an INR's coordinates;
+            "random", those that stay where they are; "grid", the centres of M equal cubes that [-1, 1]^inputs is cut
+            into.
     """
 
-    def __init__(self, wiring: Wiring, count: int, width: int) -> None:
+    def __init__(self, wiring: Wiring, count: int, width: int, probing: str = "learned") -> None:
         super().__init__()
+        if probing not in PROBINGS:
+            raise ValueError(f"probing is one of {', '.join(PROBINGS)}, not {probing!r}")
         (source,) = wiring.with_role("input")
-        self.points = nn.Parameter(torch.empty(count, wiring.groups[source].size).uniform_(-1, 1))
+        inputs = wiring.groups[source].size
+        points = grid(count, inputs) if probing == "grid" else torch.empty(count, inputs).uniform_(-1, 1)
+        if probing == "learned":
+            self.points = nn.Parameter(points)
+        else:
+            self.register_buffer("points", points)
         self.project = nn.ModuleList(nn.Linear(count, width) for _ in wiring.groups)
         self.norm = nn.ModuleList(nn.LayerNorm(width) for _ in wiring.groups)
 
@@ -110,6 +156,19 @@ class ProbeFeatures(nn.Module):
         )
 
 
+def grid(count: int, inputs: int) -> Float[Tensor, "count inputs"]:
+    """The centres of `count` equal cubes that [-1, 1]^inputs is cut into.
+
+    Raises:
+        ValueError: there is no such number of cubes.
+    """
+    side = round(count ** (1 / inputs))
+    if side**inputs != count:
+        raise ValueError(f"a grid over {inputs} inputs has a number of points to the power {inputs}, not {count}")
+    axis = (2 * torch.arange(side) + 1) / side - 1
+    return torch.cartesian_prod(*[axis] * inputs).view(count, inputs)
+
+
 class Encoder(nn.Module):
     """First states of nodes, and the Fourier features that the models turn into first states of edges.
 
@@ -119,8 +178,10 @@ class Encoder(nn.Module):
     Args:
         edge_features: scalars per edge: 3 for [e, eᵀ, e + eᵀ], 1 for e alone.
         sigma: standard deviation of the Fourier frequencies; None for a Linear of the scalars themselves.
-        probes: number of probe points, 0 for none.
+        probes: number of probe points (paper, section 2.4), 0 for none.
+        probing: where they are, as of `ProbeFeatures`.
         positions: give nodes their positional embeddings (paper, section 2.4).
+        normalization: as of `Standardize`.
     """
 
     def __init__(
@@ -131,11 +192,13 @@ class Encoder(nn.Module):
         *,
         edge_features: int,
         sigma: float | None,
-        probes: int,
-        positions: bool,
+        probes: int = 0,
+        probing: str = "learned",
+        positions: bool = True,
+        normalization: str = "layer",
     ) -> None:
         super().__init__()
-        self.standardize = Standardize(wiring)
+        self.standardize = Standardize(wiring, normalization)
         for kind, scalars in (("node", 1), ("edge", edge_features)):
             frequencies = None if sigma is None else torch.randn(scalars, FREQUENCIES) * sigma
             self.register_buffer(f"{kind}_frequencies", frequencies)
@@ -143,7 +206,7 @@ class Encoder(nn.Module):
         self.edge_fourier = nn.Linear(edge_features if sigma is None else 2 * FREQUENCIES, edge_width)
         self.node_linear = nn.Linear(node_width, node_width)
         self.edge_linear = nn.Linear(edge_width, edge_width)
-        self.probe = ProbeFeatures(wiring, probes, node_width) if probes else None
+        self.probe = ProbeFeatures(wiring, probes, node_width, probing) if probes else None
         index = position_index(wiring)
         self.register_buffer("position_index", index, persistent=False)
         self.positions = nn.Parameter(torch.randn(int(index.max()) + 1, node_width)) if positions else None

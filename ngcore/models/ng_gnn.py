@@ -26,20 +26,43 @@ WIDTH = 64
 LAYERS = 4
 
 
+# Which ways messages run (paper, section 2.4), and in which of their edges' features the weight e stands: along the
+# network's own direction, and against it.
+DIRECTIONS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "both": ((0, 2), (1, 2)),  # [e, 0, e] and [0, e, e], i.e. E, Eᵀ and E + Eᵀ
+    "without_sum": ((0,), (1,)),  # [e, 0] and [0, e]
+    "sum": ((0,), (0,)),  # e either way, i.e. E + Eᵀ alone: undirected
+    "forward": ((0,), ()),
+    "reversed": ((), (0,)),
+}
+
+
 @dataclass(frozen=True)
 class Direction:
-    """A block of messages: all of `source`'s nodes to all of `target`'s, along a wiring's block or against it."""
+    """A block of messages: all of `source`'s nodes to all of `target`'s, along a wiring's block or against it.
+
+    Of the features of its edges those of the numbers `copies` are the weight, and the others 0.
+    """
 
     block: int
     source: int
     target: int
     reverse: bool
+    copies: tuple[int, ...]
 
 
-def both_directions(wiring: Wiring) -> tuple[Direction, ...]:
-    """Every block of the wiring, and every block reversed."""
-    forward = [Direction(b, block.source, block.target, False) for b, block in enumerate(wiring.blocks)]
-    return (*forward, *(Direction(d.block, d.target, d.source, True) for d in forward))
+def directions_of(wiring: Wiring, directions: str = "both") -> tuple[Direction, ...]:
+    """The blocks of messages, those along the wiring's blocks first; `directions` is a key of `DIRECTIONS`.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if directions not in DIRECTIONS:
+        raise ValueError(f"directions is one of {', '.join(DIRECTIONS)}, not {directions!r}")
+    along, against = DIRECTIONS[directions]
+    blocks = list(enumerate(wiring.blocks))
+    forward = [Direction(b, block.source, block.target, False, along) for b, block in blocks if along]
+    return (*forward, *(Direction(b, block.target, block.source, True, against) for b, block in blocks if against))
 
 
 def needed_directions(
@@ -140,6 +163,9 @@ class NGGNNLayer(PNALayer):
             found = Moments.apply(scale, shift, to[direction.target], of[direction.source])
             known = moments.get(direction.target)
             moments[direction.target] = found if known is None else combine(known, found)
+        for g, v in enumerate(nodes):
+            if self.degrees[g] == 0:  # gathers nothing
+                moments[g] = (torch.zeros_like(v),) * 4
         nodes = tuple(self.updated_nodes(g, v, moments[g]) if g in moments else v for g, v in enumerate(nodes))
         if not self.updated:
             return nodes, ()
@@ -154,8 +180,9 @@ class NGGNNLayer(PNALayer):
     def updated_nodes(self, group: int, v: Tensor, moments: tuple[Tensor, ...]) -> Tensor:
         """PNA's update, added to the state: aggregates by identity and amplification, then two Linears as one."""
         total, square, low, high = moments
-        mean = total / self.degrees[group]
-        std = ((square / self.degrees[group] - mean.square()).relu() + 1e-5).sqrt()
+        degree = max(1, self.degrees[group])
+        mean = total / degree
+        std = ((square / degree - mean.square()).relu() + 1e-5).sqrt()
         own, plain, amplified = self.update.weight.split([WIDTH, 4 * WIDTH, 4 * WIDTH], dim=1)
         weight = self.output.weight @ torch.cat([own, plain + self.scalers[group] * amplified], dim=1)
         bias = self.output.weight @ self.update.bias + self.output.bias
@@ -170,20 +197,20 @@ def combine(known: tuple[Tensor, ...], found: tuple[Tensor, ...]) -> tuple[Tenso
 
 def first_edges(
     weights: Float[Tensor, "batch targets sources 1"],
-    frequencies: Float[Tensor, "3 k"] | None,
+    frequencies: Float[Tensor, "features k"] | None,
     affine: tuple[Tensor, Tensor],
-    reverse: bool,
+    direction: Direction,
 ) -> Float[Tensor, "batch _ _ 64"]:
-    """First states of a block's edges, whose features [e, eᵀ, e + eᵀ] are [w, 0, w], or reversed [0, w, w]."""
-    values = weights.transpose(1, 2) if reverse else weights
+    """First states of a block's edges, of whose features some are the weight and the others 0."""
+    values = weights.transpose(1, 2) if direction.reverse else weights
     weight, bias = affine
-    if frequencies is None:  # a Linear of the three features is one of w
-        return F.linear(values, weight[:, int(reverse), None] + weight[:, 2:], bias)
-    return F.linear(fourier_features(values, frequencies[int(reverse)] + frequencies[2]), weight, bias)
+    if frequencies is None:  # a Linear of copies of w is one of w
+        return F.linear(values, sum(weight[:, copy, None] for copy in direction.copies), bias)
+    return F.linear(fourier_features(values, sum(frequencies[copy] for copy in direction.copies)), weight, bias)
 
 
 class NGGNNStack(nn.Module):
-    """Encoder and layers of NG-GNN: reversed edges, edge features [e, eᵀ, e + eᵀ], 4 layers of width 64.
+    """Encoder and layers of NG-GNN: by default reversed edges, edge features [e, eᵀ, e + eᵀ]; 4 layers of width 64.
 
     Layer norm is per node, and node updates are residual: the paper does not say, but a plain stack hides the input
     behind its own constants at first (after 64 steps of 32 MNIST INRs, 64 probe features, it is at chance, the
@@ -193,9 +220,8 @@ class NGGNNStack(nn.Module):
         wiring: of the input networks.
         read: the groups whose states are read after the last layer.
         read_edges: the directions whose edges are read after it.
-        probes: number of probe points (paper, section 2.4), 0 for none.
-        positions: positional embeddings on nodes.
-        sigma: scale of the Gaussian Fourier frequencies of weights and biases; None for a Linear in their place.
+        directions: which ways messages run, a key of `DIRECTIONS`.
+        encoding: options of `Encoder`.
     """
 
     def __init__(
@@ -204,18 +230,18 @@ class NGGNNStack(nn.Module):
         read: tuple[int, ...],
         read_edges: tuple[Direction, ...],
         *,
-        probes: int,
-        positions: bool,
         dropout: float,
-        sigma: float | None,
+        directions: str = "both",
+        **encoding: Any,
     ) -> None:
         super().__init__()
         self.wiring = wiring
-        self.encoder = Encoder(wiring, WIDTH, WIDTH, edge_features=3, sigma=sigma, probes=probes, positions=positions)
-        directions = both_directions(wiring)
-        needed = [*needed_directions(directions, read, LAYERS), read_edges]
+        every = directions_of(wiring, directions)
+        features = 1 + max(copy for direction in every for copy in direction.copies)
+        self.encoder = Encoder(wiring, WIDTH, WIDTH, edge_features=features, **encoding)
+        needed = [*needed_directions(every, read, LAYERS), read_edges]
         degrees = tuple(
-            sum(wiring.groups[d.source].size for d in directions if d.target == g) for g in range(len(wiring.groups))
+            sum(wiring.groups[d.source].size for d in every if d.target == g) for g in range(len(wiring.groups))
         )
         logs = [math.log(degree + 1) for degree in degrees]
         delta = sum(group.size * log for group, log in zip(wiring.groups, logs, strict=True)) / wiring.num_nodes
@@ -242,7 +268,7 @@ class NGGNNStack(nn.Module):
         nodes = self.encoder.nodes(graph, standardized).split([group.size for group in self.wiring.groups], dim=1)
         weights, affine = standardized.edges, self.encoder.edge_affine()
         edges = tuple(
-            self.first_edges(weights[d.block], self.encoder.edge_frequencies, affine, d.reverse)
+            self.first_edges(weights[d.block], self.encoder.edge_frequencies, affine, d)
             for d in self.layers[0].directions
         )
         before = None
@@ -258,7 +284,8 @@ class NGGNN(NGGNNStack):
     For 10 classes and a 2-32-32-1 network it has 331,466 parameters, with 64 probe features 348,746 (paper, appendix
     D.1).
 
-    Args: as of `NGGNNStack`.
+    Args: as of `NGGNNStack`. The head reads output neurons; where messages only run against the network's direction
+        and reach none of them, it reads input neurons.
     """
 
     def __init__(
@@ -266,13 +293,13 @@ class NGGNN(NGGNNStack):
         wiring: Wiring,
         num_classes: int,
         *,
-        probes: int = 0,
-        positions: bool = True,
         dropout: float = 0.2,
         sigma: float | None = 3.0,
+        directions: str = "both",
+        **encoding: Any,
     ) -> None:
-        self.read = wiring.with_role("output")
-        super().__init__(wiring, self.read, (), probes=probes, positions=positions, dropout=dropout, sigma=sigma)
+        self.read = wiring.with_role("input" if directions == "reversed" else "output")
+        super().__init__(wiring, self.read, (), dropout=dropout, sigma=sigma, directions=directions, **encoding)
         outputs = sum(wiring.groups[g].size for g in self.read)
         self.head = nn.Sequential(
             nn.Linear(outputs * WIDTH, WIDTH),
@@ -303,14 +330,13 @@ class EquivariantNGGNN(NGGNNStack):
         wiring: Wiring,
         outputs: int = 1,
         *,
-        probes: int = 0,
-        positions: bool = True,
         dropout: float = 0.2,
         sigma: float | None = None,
+        **encoding: Any,
     ) -> None:
         every = tuple(range(len(wiring.groups)))
-        forward = tuple(direction for direction in both_directions(wiring) if not direction.reverse)
-        super().__init__(wiring, every, forward, probes=probes, positions=positions, dropout=dropout, sigma=sigma)
+        forward = tuple(direction for direction in directions_of(wiring) if not direction.reverse)
+        super().__init__(wiring, every, forward, dropout=dropout, sigma=sigma, **encoding)
         self.node_head = nn.Linear(WIDTH, outputs)
         self.edge_head = nn.Linear(WIDTH, outputs)
 

@@ -12,7 +12,7 @@ relational transformer (Diao & Loynd 2023), rearranged so that as little as poss
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -156,7 +156,8 @@ class NGTStack(nn.Module):
     Args:
         read: rows (nodes) whose states are read after the last layer.
         read_edges: sets of pairs whose states are read after it.
-        others: as of `NGGNNStack`.
+        dropout: of attention, feed-forward and edge updates.
+        encoding: options of `Encoder`.
     """
 
     def __init__(
@@ -165,17 +166,13 @@ class NGTStack(nn.Module):
         read: slice,
         read_edges: tuple[Pairs, ...],
         *,
-        probes: int,
-        positions: bool,
         dropout: float,
-        sigma: float | None,
+        **encoding: Any,
     ) -> None:
         super().__init__()
         self.wiring = wiring
         self.widths = WIDTHS
-        self.encoder = Encoder(
-            wiring, self.widths.node, self.widths.edge, edge_features=1, sigma=sigma, probes=probes, positions=positions
-        )
+        self.encoder = Encoder(wiring, self.widths.node, self.widths.edge, edge_features=1, **encoding)
         rows = [EVERY] * (LAYERS - 1) + [read]
         updated = [*(((row, EVERY),) for row in rows[1:]), read_edges]
         self.layers = nn.ModuleList(NGTLayer(rows[k], updated[k], dropout) for k in range(LAYERS))
@@ -222,14 +219,13 @@ class NGT(NGTStack):
         wiring: Wiring,
         num_classes: int,
         *,
-        probes: int = 0,
-        positions: bool = True,
         dropout: float = 0.2,
         sigma: float | None = 1.0,
+        **encoding: Any,
     ) -> None:
         (output,) = wiring.with_role("output")
         read = slice(wiring.offsets[output], wiring.offsets[output + 1])
-        super().__init__(wiring, read, (), probes=probes, positions=positions, dropout=dropout, sigma=sigma)
+        super().__init__(wiring, read, (), dropout=dropout, sigma=sigma, **encoding)
         self.head = nn.Sequential(
             nn.Linear(wiring.groups[output].size * self.widths.node, 2 * self.widths.node),
             nn.ReLU(),
@@ -256,13 +252,12 @@ class EquivariantNGT(NGTStack):
         wiring: Wiring,
         outputs: int = 1,
         *,
-        probes: int = 0,
-        positions: bool = True,
         dropout: float = 0.3,
         sigma: float | None = 3.0,
+        **encoding: Any,
     ) -> None:
         pairs = block_pairs(wiring)
-        super().__init__(wiring, EVERY, pairs, probes=probes, positions=positions, dropout=dropout, sigma=sigma)
+        super().__init__(wiring, EVERY, pairs, dropout=dropout, sigma=sigma, **encoding)
         self.node_head = nn.Linear(self.widths.node, outputs)
         self.edge_head = nn.Linear(self.widths.edge, outputs)
 

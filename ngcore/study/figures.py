@@ -211,19 +211,59 @@ def step_curves(
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
+def variants(table: pd.DataFrame, ax: Axes, *, base: str, xlabel: str) -> None:
+    """A row per variant, from top to bottom, a point per method with one standard deviation over seeds.
+
+    Args:
+        table: of `comparison.differences`; columns method, variant, mean, std.
+        base: the variant at which every method's faint line stands.
+    """
+    names = list(dict.fromkeys(table["variant"]))
+    methods = sorted(table["method"].unique(), key=method_order)
+    for i, method in enumerate(methods):
+        rows = table[table["method"] == method]
+        shift = 0.5 * (i - (len(methods) - 1) / 2) / len(methods)
+        marker, colour = _MARKERS[i % len(_MARKERS)], _colour(method)
+        y = rows["variant"].map(names.index) + shift
+        error = rows["std"].fillna(0)
+        ax.errorbar(rows["mean"], y, xerr=error, color=colour, marker=marker, linestyle="", capsize=3, label=method)
+        for reference in rows.loc[rows["variant"] == base, "mean"]:
+            ax.axvline(reference, color=colour, linestyle="dashed", alpha=0.4, zorder=0)
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.set_xlabel(xlabel)
+    if len(methods) > 1:
+        ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def equal_fit(records: Sequence[Mapping[str, Any]], ax: Axes) -> None:
+    """Test loss against training loss, a line per run and a point per epoch; records of `tasks.loss_curves`."""
+    seen: dict[str, str] = {}
+    for record in sorted(records, key=lambda record: method_order(record["config"]["method"])):
+        method, metrics = record["config"]["method"], record["metrics"]
+        marker = seen.setdefault(method, _MARKERS[len(seen) % len(_MARKERS)])
+        label = method if record["config"]["seed"] == 0 else None
+        ax.plot(metrics["fitted"], metrics["tested"], color=_colour(method), marker=marker, markersize=4, label=label)
+    ax.axline((1.0, 1.0), slope=1, color="grey", linestyle="dotted", zorder=0)
+    ax.set_xlabel("Training loss (nats)")
+    ax.set_ylabel("Test loss (nats)")
+    ax.legend()
+
+
 def curves(table: pd.DataFrame, ax: Axes, quantity: str, *, xlabel: str, ylabel: str) -> None:
     """The mean of every method against a quantity on a logarithmic axis of base 2, with one standard deviation.
 
     Args:
-        table: of `summarize`; columns method, `quantity`, mean, std.
+        table: of `summarize`; columns method, `quantity`, mean, std. What is no known method is coloured by its order.
     """
+    palette = sns.color_palette("colorblind", 10)
     for i, method in enumerate(table["method"].unique()):
         rows = table[table["method"] == method].sort_values(quantity)
         ax.errorbar(
             rows[quantity],
             rows["mean"],
             rows["std"].fillna(0),
-            color=_colour(method),
+            color=_colour(method) if method in _COLOURS else palette[i % len(palette)],
             marker=_MARKERS[i % len(_MARKERS)],
             capsize=3,
             label=method,

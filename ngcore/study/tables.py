@@ -35,6 +35,9 @@ _HEADINGS = {
     "split": "Trained on",
     "target": "Target",
     "variation": "Variation",
+    "variant": "Variant",
+    "difference": "Difference, 95 % interval",
+    "verdict": "Verdict",
     "step_ms": "Step (ms)",
     "of_task": "Share of the network's pass",
     "of_adam": "Steps of Adam",
@@ -46,7 +49,7 @@ _HEADINGS = {
 }
 
 # Columns of words, which stand at the left, and those whose every combination has a best value of its own.
-_WORDS = ("dataset", "method", "loss", "trained_on", "tested_on", "split", "target", "variation")
+_WORDS = ("dataset", "method", "loss", "trained_on", "tested_on", "split", "target", "variation", "variant", "verdict")
 _APART = ("dataset", "split", "tested_on", "target", "variation")
 
 _LATEX = {
@@ -86,6 +89,16 @@ def summarize(
     Raises:
         ValueError: no records; a config or metric is missing; a metric is not finite; a row has a seed twice.
     """
+    rows = values_of(records, metric=metric, scale=scale, by=by)
+    table = rows.groupby(list(by), dropna=False)["value"].agg(["mean", "std", "count"]).reset_index()
+    table = table.rename(columns={"count": "seeds"})
+    return table.sort_values(list(by), key=_order, ignore_index=True)
+
+
+def values_of(
+    records: Sequence[Mapping[str, Any]], *, metric: str, scale: int | float = 1, by: Sequence[str]
+) -> pd.DataFrame:
+    """A metric of every run: columns *by, seed, value; arguments and errors as of `summarize`."""
     if not records:
         raise ValueError(f"no records to summarize {metric!r} of: run the notebook's profile first")
     rows = pd.DataFrame([_row(record, metric, by) for record in records])
@@ -93,10 +106,7 @@ def summarize(
     if len(twice):
         row = ", ".join(f"{name} {twice.iloc[0][name]}" for name in [*by, "seed"])
         raise ValueError(f"several records of {row}: name in `by` what tells them apart, or drop one")
-    rows["value"] = rows["value"] * scale
-    table = rows.groupby(list(by), dropna=False)["value"].agg(["mean", "std", "count"]).reset_index()
-    table = table.rename(columns={"count": "seeds"})
-    return table.sort_values(list(by), key=_order, ignore_index=True)
+    return rows.assign(value=rows["value"] * scale)
 
 
 def _row(record: Mapping[str, Any], metric: str, by: Sequence[str]) -> dict[str, Any]:
@@ -214,10 +224,13 @@ def write_table(
 
 def _as_text(table: pd.DataFrame, decimals: int) -> pd.DataFrame:
     """The columns to show, as strings, under their original names."""
-    text = table.drop(columns=["std", "paper_std"], errors="ignore").astype(object)
+    text = table.drop(columns=["std", "paper_std", "low", "high"], errors="ignore").astype(object)
     for mean, std in (("mean", "std"), ("paper_mean", "paper_std")):
         if mean in table:
             text[mean] = [_value(*pair, decimals) for pair in zip(table[mean], table[std], strict=True)]
+    if "difference" in table:
+        found = zip(table["difference"], table["low"], table["high"], strict=True)
+        text["difference"] = [_with_interval(*cell, decimals) for cell in found]
     return text.map(lambda cell: "" if pd.isna(cell) else str(cell))
 
 
@@ -225,6 +238,12 @@ def _value(mean: float, std: float, decimals: int) -> str:
     if pd.isna(mean):
         return ""
     return f"{mean:.{decimals}f}" if pd.isna(std) else f"{mean:.{decimals}f} ± {std:.{decimals}f}"
+
+
+def _with_interval(mean: float, low: float, high: float, decimals: int) -> str:
+    if pd.isna(mean):
+        return ""
+    return f"{mean:+.{decimals}f}" + ("" if pd.isna(low) else f" ({low:+.{decimals}f} to {high:+.{decimals}f})")
 
 
 def _best(table: pd.DataFrame, decimals: int, lower_is_better: bool) -> pd.DataFrame:

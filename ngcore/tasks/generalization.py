@@ -130,6 +130,10 @@ METHODS: dict[str, tuple[Build, Inputs]] = {
         lambda networks, **o: HeterogeneousNGGNN(networks.frame, sigma=FOURIER, **o),
         lambda networks: networks.collection,
     ),
+    "NG-GNN_linear": (
+        lambda networks, **o: HeterogeneousNGGNN(networks.linear_collection.frame, **o),
+        lambda networks: networks.linear_collection,
+    ),
     "NG-T": (lambda networks, **o: HeterogeneousNGT(networks.frame, **o), lambda networks: networks.collection),
 }
 
@@ -225,11 +229,7 @@ class Prediction:
 
     def predictions(self, rows: Int[Tensor, " networks"]) -> Float[Tensor, " networks"]:
         """Of the networks `rows`, within 0 and 1."""
-        found = torch.empty(len(rows), device=rows.device)
-        order = self.sizes[rows].argsort()
-        for some in order.split(self.chunk or EVALUATION_BATCH):
-            found[some] = self.model(self.inputs[rows[some]]).squeeze(1).float().sigmoid()
-        return found
+        return predict(self.model, self.inputs, self.sizes, rows, self.chunk)
 
     def validate(self) -> dict[str, float]:
         """Mean squared error of all, and the mean over the populations of τ, by which weights are selected."""
@@ -263,6 +263,17 @@ class Prediction:
             if set(true.tolist()) <= {0.0, 1.0}:
                 found[f"{name}_right"] = ((predicted > 0.5) == (true > 0.5)).float().mean().item()
         return found
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, inputs: Any, sizes: Int[Tensor, " all"], rows: Int[Tensor, " networks"], chunk: int | None
+) -> Float[Tensor, " networks"]:
+    """A model's predictions for the networks `rows` of its inputs, networks of like size together; within 0 and 1."""
+    found = torch.empty(len(rows), device=rows.device)
+    for some in sizes[rows].argsort().split(chunk or EVALUATION_BATCH):
+        found[some] = model(inputs[rows[some]]).squeeze(1).float().sigmoid()
+    return found
 
 
 @torch.no_grad()

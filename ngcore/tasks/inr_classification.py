@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ngcore.data.augment import Augmentation
 from ngcore.data.inrs import INRSet
+from ngcore.graph.bias_nodes import bias_nodes
 from ngcore.models import NGGNN, NGT
 from ngcore.models.baselines import MLP, DWSNet, SetNN
 from ngcore.study.runs import Record, StoredRun, cache_directory
@@ -76,37 +77,41 @@ ROWS = (
 SMOOTH = 0.3  # scale of the Fourier frequencies in the rows "smooth": nearby weights get nearby features
 
 
-def table_configs(
+def row_configs(
     data: INRData,
     schedule: Schedule,
+    method: str,
+    probes: int,
+    seeds: int,
     *,
-    seeds: Mapping[int, int],
     micro_batch: Mapping[str, int],
     compiled: Collection[str],
     dropout: float,
-    augmentation: Augmentation | None,
+    augmentation: Augmentation | None = None,
 ) -> list[Config]:
-    """The runs of one table: the paper's eleven rows.
+    """The runs of one row of a table, a seed each.
 
     Args:
-        seeds: number of probe features -> number of seeds.
         micro_batch: method -> networks per forward and backward pass; the whole batch where not named.
         compiled: the methods that are compiled.
         dropout, augmentation: of all methods alike.
     """
+    schedule = replace(schedule, micro_batch=micro_batch.get(method, 0), compiled=method in compiled)
+    options = (("dropout", dropout),)
+    return [Config(data.dataset, method, probes, seed, data, schedule, augmentation, options) for seed in range(seeds)]
+
+
+def table_configs(data: INRData, schedule: Schedule, *, seeds: Mapping[int, int], **settings: Any) -> list[Config]:
+    """The runs of one table: the paper's eleven rows.
+
+    Args:
+        seeds: number of probe features -> number of seeds.
+        settings: of all rows, as of `row_configs`.
+    """
     return [
-        Config(
-            data.dataset,
-            method,
-            probes,
-            seed,
-            data,
-            replace(schedule, micro_batch=micro_batch.get(method, 0), compiled=method in compiled),
-            augmentation,
-            (("dropout", dropout),),
-        )
+        config
         for method, probes in ROWS
-        for seed in range(seeds[probes])
+        for config in row_configs(data, schedule, method, probes, seeds[probes], **settings)
     ]
 
 
@@ -119,9 +124,14 @@ def smooth_configs(configs: Collection[Config], rows: Collection[tuple[str, int]
     ]
 
 
-def build_model(method: str, probes: int = 0, **options: Any) -> nn.Module:
-    """A metanetwork by the name of its method; raises as `inr_sets.build`."""
-    return build(METHODS, method, probes, WIRING, CLASSES, **options)
+# How biases stand on the graph: as features of the neurons that they belong to, or as edges from nodes of their own.
+BIASES = {"feature": WIRING, "node": bias_nodes(WIRING)}
+
+
+def build_model(method: str, probes: int = 0, *, biases: str = "feature", **options: Any) -> nn.Module:
+    """A metanetwork by the name of its method, for graphs whose biases stand as `BIASES` says; raises as
+    `inr_sets.build`."""
+    return build(METHODS, method, probes, BIASES[biases], CLASSES, **options)
 
 
 class Classification:
@@ -130,26 +140,26 @@ class Classification:
     def __init__(self, model: nn.Module, sets: dict[str, INRSet], augmentation: Augmentation | None) -> None:
         self.model, self.sets, self.augmentation = model, sets, augmentation
         self.train_size = len(sets["train"])
-        model.fit_normalization(WIRING.graph(sets["train"].parameters))
+        self.graph = model.wiring.graph
+        model.fit_normalization(self.graph(sets["train"].parameters))
 
     def loss(self, rows: Tensor) -> Tensor:
         train = self.sets["train"]
         parameters = {name: values[rows] for name, values in train.parameters.items()}
         if self.augmentation is not None:
             parameters = self.augmentation(parameters)
-        return F.cross_entropy(self.model(WIRING.graph(parameters)).float(), train.labels[rows], reduction="sum")
+        return F.cross_entropy(self.model(self.graph(parameters)).float(), train.labels[rows], reduction="sum")
 
-    def logits(self, split: str) -> Tensor:
-        """Class scores of every INR of a split, (n, classes), in evaluation batches of one size."""
-        inrs = self.sets[split]
+    def logits(self, inrs: INRSet) -> Tensor:
+        """Class scores of every INR of a set, (n, classes), in evaluation batches of one size."""
         scores = [
-            self.model(WIRING.graph({name: values[rows] for name, values in inrs.parameters.items()})).float()
+            self.model(self.graph({name: values[rows] for name, values in inrs.parameters.items()})).float()
             for rows in evaluation_batches(inrs)
         ]
         return torch.cat(scores)[: len(inrs)]
 
     def validate(self) -> dict[str, float]:
-        scores, labels = self.logits("validation"), self.sets["validation"].labels
+        scores, labels = self.logits(self.sets["validation"]), self.sets["validation"].labels
         accuracy = (scores.argmax(1) == labels).float().mean().item()
         return {
             "val_loss": F.cross_entropy(scores, labels).item(),
@@ -158,7 +168,7 @@ class Classification:
         }
 
     def test(self) -> dict[str, Any]:
-        scores, labels = self.logits("test"), self.sets["test"].labels
+        scores, labels = self.logits(self.sets["test"]), self.sets["test"].labels
         predicted = scores.argmax(1)
         confusion = torch.zeros(CLASSES, CLASSES, dtype=torch.long, device=labels.device)
         confusion.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)
@@ -169,8 +179,16 @@ class Classification:
         }
 
 
-def run(config: Config, on_epoch: Callable[[int, Record], None] = lambda epoch, scores: None) -> Record:
-    """The result of a run: read if it is stored, else trained (from its checkpoint, if there is one) and stored."""
+def run(
+    config: Config,
+    on_epoch: Callable[[int, Record], None] = lambda epoch, scores: None,
+    problem: type[Classification] = Classification,
+) -> Record:
+    """The result of a run: read if it is stored, else trained (from its checkpoint, if there is one) and stored.
+
+    Args:
+        problem: what is measured along training.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sets, digest = load_data(config.data, device)
     stored = StoredRun.of(config, digest, cache_directory())
@@ -179,5 +197,4 @@ def run(config: Config, on_epoch: Callable[[int, Record], None] = lambda epoch, 
         return record
     torch.manual_seed(config.seed)
     model = build_model(config.method, config.probes, **dict(config.options)).to(device)
-    problem = Classification(model, sets, config.augmentation)
-    return train(problem, config.schedule, config.seed, stored, on_epoch)
+    return train(problem(model, sets, config.augmentation), config.schedule, config.seed, stored, on_epoch)

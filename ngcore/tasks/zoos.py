@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 
 import numpy as np
@@ -70,19 +70,22 @@ class Networks:
         table: a row per network, with its `dataset`.
         graphs: of one wiring each, with one batch axis.
         digest: of all parameters and of what the table says.
+        frame: that holds all of them.
     """
 
     table: pd.DataFrame
     graphs: tuple[NeuralGraph, ...]
     digest: str
-
-    @cached_property
-    def frame(self) -> Frame:
-        return Frame.of({graph.wiring for graph in self.graphs})
+    frame: Frame
 
     @cached_property
     def collection(self) -> Collection:
         return Collection(self.graphs, self.frame)
+
+    @cached_property
+    def linear_collection(self) -> Collection:
+        """The same with linear layers apart from convolutions, see `Frame`."""
+        return Collection(self.graphs, replace(self.frame, linear="linear"))
 
     @cached_property
     def statistics(self) -> Float[Tensor, "networks features"]:
@@ -120,7 +123,7 @@ def load(zoos: tuple[Zoo, ...], hide_activations: bool = False) -> Networks:
     told = table.to_json(orient="records").encode()
     tensors = [values for graph in graphs for values in graph.state_dict().values()]
     digest = tensor_digest([*tensors, torch.frombuffer(bytearray(told), dtype=torch.uint8)])
-    return Networks(table, tuple(graphs), digest)
+    return Networks(table, tuple(graphs), digest, Frame.of({graph.wiring for graph in graphs}))
 
 
 def split_rows(table: pd.DataFrame) -> dict[str, Int[Tensor, " networks"]]:

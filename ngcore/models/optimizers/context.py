@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ngcore.graph import NeuralGraph
 from ngcore.graph.cnn import cnn
 from ngcore.graph.data import ROLES
 from ngcore.models.baselines.weight_space import EquivariantLayer, WeightSpace
@@ -89,14 +88,9 @@ class NFNContext(nn.Module):
         states = space.features(graph)
         for layer in self.layers:
             states = [torch.relu(x) for x in layer(states)]
-        return self.row(space.graph(states, self.width), layout)
-
-    def row(self, graph: NeuralGraph, layout: Layout) -> Float[Tensor, "batch scalars w"]:
-        """The states of a graph's scalars, in their order."""
-        pairs = [*zip(graph.nodes, layout.ids.nodes, strict=True), *zip(graph.edges, layout.ids.edges, strict=True)]
-        states = torch.cat([values.reshape(len(values), -1, self.width) for values, _ in pairs], dim=1)
-        ids = torch.cat([ids.flatten() for _, ids in pairs])
-        return states[:, ids.argsort()[: layout.count]]
+        graph = space.graph(states, self.width)
+        row = [values.reshape(len(features), -1, self.width) for values in (*graph.nodes, *graph.edges)]
+        return torch.cat(row, dim=1)[:, layout.order]
 
 
 class GraphContext(nn.Module):

@@ -114,6 +114,11 @@ class Layout:
         return NeuralGraph(self.wiring, nodes, edges).map(lambda ids: ids.to(self.device))
 
     @cached_property
+    def order(self) -> Int[Tensor, " scalars"]:
+        """The place of every scalar among the numbers of all nodes and, behind them, of all edges."""
+        return torch.cat([ids.flatten() for ids in (*self.ids.nodes, *self.ids.edges)]).argsort()[: self.count]
+
+    @cached_property
     def weight_space(self) -> WeightSpace:
         """Of the group NP; a ValueError where the network is no chain of layers."""
         return WeightSpace(self.wiring, "NP")

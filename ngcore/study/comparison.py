@@ -1,0 +1,66 @@
+"""Is a variant better, or is it noise? Paired differences over seeds, with confidence intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from ngcore.study.tables import values_of
+
+LEVEL = 0.95
+
+
+def differences(
+    records: Sequence[Mapping[str, Any]],
+    base: str,
+    *,
+    metric: str,
+    scale: int | float = 1,
+    by: Sequence[str] = ("method",),
+) -> pd.DataFrame:
+    """Every variant of a method beside the variant `base` of the same method.
+
+    Runs of one seed share data, order of batches and, as far as the models allow, first weights: seeds are paired. The
+    interval is Student's for the mean of the paired differences; with three seeds it is 2.5 of their standard
+    deviations to either side, so only large differences show.
+
+    Args:
+        metric, scale: as of `tables.summarize`; more is better.
+        by: names in the records' configs that tell the methods apart, beside `variant` and `seed`.
+
+    Returns:
+        A row per method and variant, in the order of the records: *by, variant, mean, std, seeds and, of what is over
+        the base, difference, low, high (the interval's ends; missing below two seeds) and verdict: "base", "better",
+        "worse", "inside the noise", or "one seed".
+
+    Raises:
+        ValueError: a method has no base, or as `tables.summarize`.
+    """
+    values = values_of(records, metric=metric, scale=scale, by=(*by, "variant"))
+    rows = []
+    for _, own in values.groupby(list(by), sort=False):
+        of_base = own[own["variant"] == base].set_index("seed")["value"]
+        if of_base.empty:
+            raise ValueError(f"{', '.join(map(str, own.iloc[0][list(by)]))} has no runs of the variant {base!r}")
+        for variant, runs in own.groupby("variant", sort=False):
+            found = runs.set_index("seed")["value"]
+            row = {**runs.iloc[0][list(by)], "variant": variant}
+            row |= {"mean": found.mean(), "std": found.std(), "seeds": len(found)}
+            rows.append(row | (_difference(found - of_base) if variant != base else {"verdict": "base"}))
+    columns = [*by, "variant", "mean", "std", "seeds", "difference", "low", "high", "verdict"]
+    return pd.DataFrame(rows).reindex(columns=columns)
+
+
+def _difference(paired: pd.Series) -> dict[str, Any]:
+    """Mean and interval of the differences of the seeds that both have."""
+    found = paired.dropna()
+    if len(found) < 2:
+        return {"difference": found.mean(), "verdict": "one seed"}
+    half = stats.t.ppf((1 + LEVEL) / 2, len(found) - 1) * found.std() / np.sqrt(len(found))
+    mean = found.mean()
+    verdict = "inside the noise" if abs(mean) <= half else "better" if mean > 0 else "worse"
+    return {"difference": mean, "low": mean - half, "high": mean + half, "verdict": verdict}

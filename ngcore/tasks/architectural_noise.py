@@ -1,0 +1,134 @@
+"""What if the description of a network is wrong? Predicting generalization from graphs that are not quite right.
+
+A trained model of the Wild Park's table reads test networks whose skip connections were removed or lead elsewhere, or
+of whose neurons some were left out. The networks' accuracies are what they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from ngcore.data.cnn import Architecture
+from ngcore.study.runs import Record, StoredRun, cache_directory, environment
+from ngcore.tasks import generalization
+from ngcore.tasks.zoos import Networks, Zoo, load, wiring_of
+
+State = dict[str, Tensor]
+Network = tuple[Architecture, State]
+
+
+def skips_removed(network: Network, share: float, random: np.random.Generator) -> Network:
+    """Every skip connection is left out with a probability."""
+    architecture, state = network
+    kept = tuple(-1 if random.random() < share else earlier for earlier in architecture.residual)
+    return replace(architecture, residual=kept), state
+
+
+def skips_rewired(network: Network, share: float, random: np.random.Generator) -> Network:
+    """Every skip connection, with a probability, begins at another of the convolutions that it could begin at."""
+    architecture, state = network
+    found = []
+    for layer, earlier in enumerate(architecture.residual):
+        others = [i for i in range(layer - 1) if i != earlier]
+        moved = earlier >= 0 and random.random() < share and others
+        found.append(int(random.choice(others)) if moved else earlier)
+    return replace(architecture, residual=tuple(found)), state
+
+
+def neurons_left_out(network: Network, share: float, random: np.random.Generator) -> Network:
+    """A share of every convolution's neurons is missing, with all their weights; at least one is left."""
+    architecture, state = network
+    state, channels = dict(state), list(architecture.channels)
+    layers = len(architecture.residual)
+    for i in range(layers):
+        count = channels[i + 1]
+        kept = torch.tensor(np.sort(random.permutation(count)[: max(1, round((1 - share) * count))]))
+        following = f"layers.{i + 1}.weight" if i + 1 < layers else "fc.weight"
+        for name in (f"layers.{i}.weight", f"layers.{i}.bias"):
+            state[name] = state[name][kept]
+        state[following] = state[following][:, kept]
+        channels[i + 1] = len(kept)
+    return replace(architecture, channels=tuple(channels)), state
+
+
+NOISES: dict[str, Callable[[Network, float, np.random.Generator], Network]] = {
+    "skips removed": skips_removed,
+    "skips rewired": skips_rewired,
+    "neurons left out": neurons_left_out,
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """The test of a trained model on altered descriptions.
+
+    Args:
+        noise: a key of NOISES.
+        share: of the skip connections or neurons that are altered.
+        of: the model's training; `dataset`, `method` and `seed` are its own.
+    """
+
+    noise: str
+    share: float
+    of: generalization.Config
+    dataset: str
+    method: str
+    seed: int
+    task: str = "architectural_noise"
+
+    def __post_init__(self) -> None:
+        if self.noise not in NOISES:
+            raise ValueError(f"unknown noise {self.noise!r}; there are {', '.join(NOISES)}")
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"a share is between 0 and 1, not {self.share}")
+
+    @classmethod
+    def on(cls, of: generalization.Config, noise: str, share: float) -> Config:
+        return cls(noise, share, of, of.dataset, of.method, of.seed)
+
+
+def run(config: Config, on_epoch: Callable[[int, Record], None] = lambda epoch, scores: None) -> Record:
+    """Metrics `tau`, on all test networks, and `skips`, the mean number of their skip connections as described.
+
+    The model is trained if it is not stored yet; the result is stored.
+    """
+    networks = load(config.of.data)
+    stored = StoredRun.of(config, networks.digest, cache_directory())
+    record = stored.result()
+    if record is not None:
+        return record
+    generalization.run(config.of, on_epoch)
+    model = generalization.build_model(config.method, networks, **dict(config.of.options)).eval()
+    model.load_state_dict(StoredRun.of(config.of, networks.digest, cache_directory()).weights())
+    rows = generalization.rows_of(networks, config.of.split)[f"test_{config.dataset}"]
+    random = np.random.default_rng(config.seed)
+    altered = [NOISES[config.noise](network, config.share, random) for network in described(config.of.data, rows)]
+    graphs = tuple(
+        wiring_of(architecture).graph({name: values.unsqueeze(0) for name, values in state.items()})
+        for architecture, state in altered
+    )
+    table = networks.table.iloc[rows.numpy()].reset_index(drop=True)
+    noisy = Networks(table, graphs, networks.digest, networks.frame)
+    inputs = generalization.METHODS[config.method][1](noisy)
+    every, chunk = torch.arange(len(rows)), generalization.CHUNK.get(config.method)
+    found = generalization.predict(model, inputs, noisy.collection.sizes, every, chunk)
+    true = torch.tensor(generalization.targets_of(table, config.of.target))
+    skips = [earlier >= 0 for architecture, _ in altered for earlier in architecture.residual]
+    metrics = {"tau": generalization.tau(found, true), "skips": sum(skips) / len(altered)}
+    return stored.finish(metrics, {}, environment("cpu") | {"train_seconds": 0.0})
+
+
+def described(zoos: Sequence[Zoo], rows: Int[Tensor, " networks"]) -> list[Network]:
+    """The networks `rows` of these populations, in the order of their table."""
+    parts = [part for zoo in zoos for part in zoo.population().parts]
+    every = [(part, i) for part in parts for i in range(len(part))]
+    return [
+        (part.architecture, {name: values[i] for name, values in part.parameters.items()})
+        for part, i in (every[row] for row in rows.tolist())
+    ]

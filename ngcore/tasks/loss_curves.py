@@ -1,0 +1,81 @@
+"""Training and test loss along training (paper, appendix A.3, figure 4): what a model has that has fitted as much?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import pandas as pd
+import torch.nn.functional as F
+from scipy import stats
+
+from ngcore.data.inrs import INRSet
+from ngcore.study.comparison import LEVEL
+from ngcore.study.runs import Record
+from ngcore.tasks import inr_classification
+
+EVALUATED = 500  # training INRs whose loss is measured after every epoch
+
+
+@dataclass(frozen=True)
+class Config(inr_classification.Config):
+    """A run of INR classification whose losses are measured on the training and the test INRs after every epoch."""
+
+    task: str = "loss_curves"
+
+    @classmethod
+    def of(cls, config: inr_classification.Config) -> Config:
+        """The same training."""
+        return cls(**{f.name: getattr(config, f.name) for f in fields(config) if f.name != "task"})
+
+
+class Losses(inr_classification.Classification):
+    """Metrics beside those of classification, of every epoch: `fitted`, the loss on the first training INRs as they
+    are, and `tested`, the loss on the test INRs, both in evaluation mode, so that they can be compared."""
+
+    def validate(self) -> dict[str, float]:
+        found = {"fitted": self.sets["train"][:EVALUATED], "tested": self.sets["test"]}
+        return super().validate() | {name: self.cross_entropy(inrs) for name, inrs in found.items()}
+
+    def cross_entropy(self, inrs: INRSet) -> float:
+        return F.cross_entropy(self.logits(inrs), inrs.labels).item()
+
+
+def run(config: Config, on_epoch: Callable[[int, Record], None] = lambda epoch, scores: None) -> Record:
+    """As of `inr_classification.run`."""
+    return inr_classification.run(config, on_epoch, Losses)
+
+
+def gap_at_equal_fit(record: Record, other: Record) -> float:
+    """How much higher the test loss of `other` is where both have the same training loss.
+
+    Between epochs losses are taken as linear. The gap is the mean over the training losses that both had.
+
+    Returns:
+        NaN where there are none.
+    """
+    curves = [np.array([r["metrics"]["fitted"], r["metrics"]["tested"]]) for r in (record, other)]
+    curves = [curve[:, curve[0].argsort()] for curve in curves]
+    low = max(curve[0, 0] for curve in curves)
+    high = min(curve[0, -1] for curve in curves)
+    if low > high:
+        return float("nan")
+    at = np.linspace(low, high, 100)
+    ours, theirs = (np.interp(at, *curve) for curve in curves)
+    return float((theirs - ours).mean())
+
+
+def gaps(records: Sequence[Record], method: str, other: str) -> pd.DataFrame:
+    """`gap_at_equal_fit` of two methods: one row with mean, std, seeds and the ends low, high of Student's interval.
+
+    `seeds` counts those at which both had the same training loss at some time; without any the numbers are missing.
+    """
+    by_seed: Mapping[str, dict[int, Record]] = {
+        name: {r["config"]["seed"]: r for r in records if r["config"]["method"] == name} for name in (method, other)
+    }
+    seeds = sorted(by_seed[method].keys() & by_seed[other].keys())
+    found = pd.Series([gap_at_equal_fit(by_seed[method][s], by_seed[other][s]) for s in seeds], dtype=float).dropna()
+    half = stats.t.ppf((1 + LEVEL) / 2, len(found) - 1) * found.sem() if len(found) > 1 else float("nan")
+    row = {"method": method, "other": other, "mean": found.mean(), "std": found.std(), "seeds": len(found)}
+    return pd.DataFrame([row | {"low": found.mean() - half, "high": found.mean() + half}])

@@ -1,0 +1,478 @@
+"""Ablations: every variant differs from the full model, and is what it says; comparisons tell noise from difference."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from properties import permute
+from scipy import stats
+
+from ngcore.bench.plain_ng_gnn import PlainNGGNN, PNAAggregation, to_batch
+from ngcore.data import wild_park
+from ngcore.data.augment import Augmentation, permuted
+from ngcore.data.cnn import CNN, Architecture
+from ngcore.graph import mlp, trace
+from ngcore.graph.bias_nodes import bias_nodes
+from ngcore.graph.simulate import activations
+from ngcore.models import NGGNN, NGT
+from ngcore.models.encoder import ProbeFeatures, Standardize, grid
+from ngcore.models.ng_gnn import DIRECTIONS
+from ngcore.study import comparison, tables
+from ngcore.study.training import Schedule
+from ngcore.tasks import ablations, architectural_noise, generalization, inr_classification, loss_curves, zoos
+from ngcore.tasks.inr_classification import Config, build_model
+from ngcore.tasks.inr_sets import WIRING, INRData
+
+SMALL_PARK = zoos.Zoo(24, wild_park.Recipe(64, 50, 2, 2))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def shared_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NGCORE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+        zoos.load.cache_clear()
+
+
+def random_state(count=3, wiring=WIRING):
+    return {n: 0.3 * torch.randn(count, *s, dtype=torch.float64) for n, s in wiring.shapes.items()}
+
+
+def size(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+INR_VARIANTS = [
+    (question, variant, changes)
+    for question in ("positional embeddings", "directions", "normalization", "biases", "probe points")
+    for variant, changes in ablations.VARIANTS[question].items()
+    if changes
+]
+
+
+@pytest.mark.parametrize(("question", "variant", "changes"), INR_VARIANTS)
+@pytest.mark.parametrize("method", ["NG-GNN", "NG-T"])
+def test_every_variant_of_a_model_differs_from_the_full_one(method, question, variant, changes):
+    if method == "NG-T" and question == "directions":
+        with pytest.raises(TypeError, match="directions"):
+            build_model(method, **changes)
+        return
+    torch.manual_seed(0)
+    state = random_state()
+    found = []
+    for options in ({}, changes):
+        torch.manual_seed(1)
+        model = build_model(method, 4, **options).double().eval()
+        graph = model.wiring.graph(state)
+        model.fit_normalization(graph)
+        found.append((size(model), model(graph).detach()))
+    (full_size, full), (changed_size, changed) = found
+    assert full_size != changed_size or (full - changed).abs().max() > 1e-4
+
+
+def test_the_questions_about_cnns_differ_too():
+    networks = zoos.load((SMALL_PARK,))
+    rows = torch.arange(4)
+    for question in ("activation embeddings", "linear layers"):
+        (full,) = generalization.configs_of(
+            "cifar10_wild_park", [SMALL_PARK], ["NG-GNN"], 1, Schedule(1, 4), {"NG-GNN": 1e-3}
+        )
+        found = []
+        for trial in ablations.trials(question, [full]):
+            torch.manual_seed(1)
+            config = trial.config
+            model = generalization.build_model(config.method, networks, **dict(config.options)).eval()
+            inputs = generalization.METHODS[config.method][1](networks)
+            found.append((size(model), model(inputs[rows]).detach()))
+        (full_size, scores), (changed_size, changed) = found
+        assert full_size != changed_size or (scores - changed).abs().max() > 1e-5
+
+
+def test_augmentations_differ_and_the_order_of_neurons_keeps_the_image():
+    torch.manual_seed(0)
+    state = random_state(5)
+    points = torch.rand(9, 2, dtype=torch.float64)
+    images = activations(WIRING.graph(state), points)[-1]
+    kinds = ablations.VARIANTS["augmentation"]
+    assert kinds["none"] == {}
+    changed = {name: kinds[name]["augmentation"](state) for name in kinds if name != "none"}
+    for name, found in changed.items():
+        same_image = torch.allclose(activations(WIRING.graph(found), points)[-1], images, atol=1e-12)
+        assert same_image == (name == "order of neurons")
+        assert not torch.equal(found["layers.1.weight"], state["layers.1.weight"])
+    assert not kinds["images"]["augmentation"].permute
+    assert kinds["both"]["augmentation"] == replace(Augmentation(), permute=True)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.integers(1, 6), min_size=3, max_size=5))
+def test_permuted_networks_are_the_same_networks_in_other_orders(sizes):
+    wiring = mlp(sizes, "siren")
+    state = random_state(4, wiring)
+    found = permuted(state)
+    points = torch.rand(7, sizes[0], dtype=torch.float64)
+    before, after = (activations(wiring.graph(s), points) for s in (state, found))
+    torch.testing.assert_close(after[-1], before[-1], rtol=0, atol=1e-12)
+    for old, new in zip(before, after, strict=True):
+        torch.testing.assert_close(new.sort(dim=1).values, old.sort(dim=1).values, rtol=0, atol=1e-12)
+    if max(sizes[1:-1]) > 3:  # networks have orders of their own
+        layer = 1 + int(np.argmax(sizes[1:-1]))
+        pairs = zip(before[layer], after[layer], strict=True)
+        orders = [torch.cdist(new, old).argmin(1).tolist() for old, new in pairs]
+        assert all(sorted(order) == list(range(sizes[layer])) for order in orders)
+
+
+# Each row keeps some edges and, of [e, eᵀ, e + eᵀ], some features of the plain form.
+PLAIN = {
+    "both": (None, [0, 1, 2]),
+    "without_sum": (None, [0, 1]),
+    "sum": (None, [2]),
+    "forward": (0, [0]),
+    "reversed": (1, [1]),
+}
+
+
+@pytest.mark.parametrize("directions", DIRECTIONS)
+def test_directions_agree_with_the_plain_form_on_those_edges(directions):
+    torch.manual_seed(0)
+    wiring = mlp([2, 5, 4, 1], "siren")
+    graph = wiring.graph(random_state(3, wiring))
+    fast = NGGNN(wiring, 7, dropout=0.0, directions=directions).double()
+    fast.fit_normalization(graph)
+    plain = PlainNGGNN(wiring, 7, dropout=0.0).double()
+    reads_inputs = directions == "reversed"
+    if reads_inputs:
+        plain.head[0] = torch.nn.Linear(2 * 64, 64).double()
+    plain.encoder.edge_frequencies = torch.empty_like(fast.encoder.edge_frequencies)
+    plain.load_state_dict({n.replace("standardize.", ""): v for n, v in fast.state_dict().items()})
+    batch = to_batch(graph)
+    column, features = PLAIN[directions]
+    kept = slice(None) if column is None else batch.direction[:, column] == 1
+    for name in ("edge_attr", "direction", "block"):
+        batch[name] = batch[name][kept]
+    batch.edge_index = batch.edge_index[:, kept]
+    batch.direction = batch.direction[:, features]
+    degree = torch.bincount(batch.edge_index[1], minlength=batch.num_nodes).double()
+    delta = float(torch.log(degree + 1).mean())
+    nodes, edges = plain.encoder(batch)
+    for layer in plain.layers:
+        layer.propagation.aggr_module = PNAAggregation(delta)
+        nodes, edges = layer(nodes, batch.edge_index, edges)
+    read = nodes[batch.role == (0 if reads_inputs else 2)]
+    torch.testing.assert_close(fast(graph), plain.head(read.reshape(3, -1)), rtol=0, atol=1e-9)
+
+
+def test_unknown_choices_are_named():
+    with pytest.raises(
+        ValueError, match="directions is one of both, without_sum, sum, forward, reversed, not 'sideways'"
+    ):
+        NGGNN(WIRING, 10, directions="sideways")
+    with pytest.raises(ValueError, match="normalization is one of layer, neuron, none, not 'batch'"):
+        NGT(WIRING, 10, normalization="batch")
+    with pytest.raises(ValueError, match="probing is one of learned, random, grid, not 'best'"):
+        NGT(WIRING, 10, probes=4, probing="best")
+    with pytest.raises(ValueError, match="power 2, not 5"):
+        NGGNN(WIRING, 10, probes=5, probing="grid")
+    with pytest.raises(ValueError, match="unknown question 'taste'"):
+        ablations.trials("taste", [])
+    with pytest.raises(ValueError, match="'biases' has no variants salt"):
+        ablations.trials("biases", [], ["salt"])
+
+
+def test_a_grid_is_the_centres_of_equal_squares():
+    torch.testing.assert_close(grid(4, 2), torch.tensor([[-0.5, -0.5], [-0.5, 0.5], [0.5, -0.5], [0.5, 0.5]]))
+    torch.testing.assert_close(grid(1, 2), torch.zeros(1, 2))
+    assert grid(27, 3).shape == (27, 3)
+    torch.testing.assert_close(grid(3, 1), torch.tensor([[-2 / 3], [0], [2 / 3]]))
+
+
+def test_fixed_probe_points_are_stored_and_not_learned():
+    for probing in ("random", "grid"):
+        probe = ProbeFeatures(WIRING, 4, 8, probing)
+        assert "points" in probe.state_dict()
+        assert "points" not in dict(probe.named_parameters())
+
+
+def test_statistics_per_neuron_are_those_of_every_single_number():
+    torch.manual_seed(0)
+    state = random_state(50)
+    graph = WIRING.graph(state)
+    standardize = Standardize(WIRING, "neuron").double()
+    standardize.fit(graph)
+    for name, values in standardize(graph).state_dict().items():
+        mean, std = state[name].mean(0), state[name].std(0, correction=0)
+        torch.testing.assert_close(values, (state[name] - mean) / std, rtol=0, atol=1e-12)
+    plain = Standardize(WIRING, "none").double()
+    plain.fit(graph)
+    for name, values in plain(graph).state_dict().items():
+        assert torch.equal(values, state[name])
+
+
+@pytest.mark.parametrize("method", ["NG-GNN", "NG-T"])
+def test_statistics_per_neuron_break_the_symmetry(method):
+    torch.manual_seed(0)
+    state = random_state(8)
+    twin = WIRING.symmetry.permute(state, WIRING.symmetry.random())
+    for variant, breaks in (("layer", False), ("none", False), ("neuron", True)):
+        model = build_model(method, normalization=variant).double().eval()
+        model.fit_normalization(WIRING.graph(state))
+        difference = (model(WIRING.graph(state)) - model(WIRING.graph(twin))).abs().max()
+        assert difference > 1e-4 if breaks else difference < 1e-9
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.integers(1, 5), min_size=2, max_size=5))
+def test_bias_nodes_hold_the_same_network(sizes):
+    wiring = mlp(sizes, "siren")
+    changed = bias_nodes(wiring)
+    state = random_state(2, wiring)
+    graph = changed.graph(state)
+    assert changed.num_nodes == wiring.num_nodes + len(sizes) - 1
+    back = graph.state_dict()
+    assert all(torch.equal(back[name], values) for name, values in state.items())
+    assert all((nodes == 0).all() for nodes in graph.nodes)
+    points = torch.rand(5, sizes[0], dtype=torch.float64)
+    for ours, theirs in zip(activations(graph, points), activations(wiring.graph(state), points), strict=False):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_bias_nodes_of_a_traced_network():
+    network = CNN(Architecture((3, 4, 5), (3, 3), (1, 1), (1, 1), ("relu", "tanh"), (-1, -1), 7)).double()
+    wiring = bias_nodes(trace(network, torch.zeros(1, 3, 8, 8, dtype=torch.float64)))
+    state = {name: values.detach() for name, values in network.state_dict().items()}
+    back = wiring.graph(state).state_dict()
+    assert all(torch.equal(back[name], values) for name, values in state.items())
+    assert all(group.bias is None for group in wiring.groups)
+
+
+@pytest.mark.parametrize("model", [NGGNN, NGT])
+@pytest.mark.parametrize("training", [True, False])
+def test_models_of_graphs_with_bias_nodes_are_invariant(model, training):
+    torch.manual_seed(0)
+    wiring = bias_nodes(mlp([2, 5, 4, 1], "siren"))
+    state = random_state(3, wiring)
+    twin = wiring.symmetry.permute(state, wiring.symmetry.random())
+    metanetwork = model(wiring, 7, probes=3, dropout=0.0).double().train(training)
+    metanetwork.fit_normalization(wiring.graph(state))
+    scores = metanetwork(wiring.graph(state))
+    torch.testing.assert_close(metanetwork(wiring.graph(twin)), scores, rtol=0, atol=1e-9)
+    state["layers.1.bias"][0] += 1  # and they see the biases
+    assert (metanetwork(wiring.graph(state))[0] - scores[0]).abs().max() > 1e-5
+
+
+def test_ng_gnn_with_bias_nodes_agrees_with_the_plain_form():
+    torch.manual_seed(0)
+    wiring = bias_nodes(mlp([2, 5, 4, 1], "siren"))
+    graph = wiring.graph(random_state(3, wiring))
+    fast, plain = NGGNN(wiring, 7, dropout=0.0).double(), PlainNGGNN(wiring, 7, dropout=0.0).double()
+    fast.fit_normalization(graph)
+    plain.load_state_dict({n.replace("standardize.", ""): v for n, v in fast.state_dict().items()})
+    torch.testing.assert_close(fast(graph), plain(to_batch(graph)), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("model", [NGGNN, NGT])
+@pytest.mark.parametrize("positions", [True, False])
+def test_without_positions_output_neurons_are_alike_too(model, positions):
+    """The head reads output neurons in their order; before it, without positions, they are told apart by nothing."""
+    torch.manual_seed(0)
+    wiring = mlp([3, 4, 5], "tanh")
+    graph = wiring.graph(random_state(2, wiring))
+    order = torch.tensor([4, 2, 0, 1, 3])
+    metanetwork = model(wiring, 7, positions=positions).double().eval()
+
+    def states(some):
+        nodes, _ = metanetwork.states(some)
+        return nodes[-1] if isinstance(nodes, tuple) else nodes
+
+    difference = (states(permute(graph, {2: order})) - states(graph)[:, order]).abs().max()
+    assert difference > 1e-5 if positions else difference < 1e-9
+
+
+def test_linear_weights_lie_where_the_frame_says():
+    networks = zoos.load((SMALL_PARK,))
+    rows = torch.arange(6)
+    centred, first = networks.collection[rows], networks.linear_collection[rows]
+    middle = networks.frame.features // 2
+    moved = (centred.weights != first.weights).any(dim=1)
+    assert moved.any()
+    assert not moved.all()
+    torch.testing.assert_close(first.weights[moved][:, 0], centred.weights[moved][:, middle])
+    assert (first.weights[moved][:, 1:] == 0).all()
+    assert first.present[moved][:, 0].all()
+    assert not first.present[moved][:, 1:].any()
+
+
+def test_differences_are_those_of_paired_seeds():
+    values = {"base": [1.0, 2.0, 4.0], "up": [2.0, 3.2, 4.9], "noise": [0.0, 3.0, 4.5], "single": [5.0]}
+    records = [
+        {"config": {"method": "m", "variant": variant, "seed": seed}, "metrics": {"score": score}}
+        for variant, scores in values.items()
+        for seed, score in enumerate(scores)
+    ]
+    table = comparison.differences(records, "base", metric="score", scale=10).set_index("variant")
+    assert table["verdict"].to_dict() == {
+        "base": "base",
+        "up": "better",
+        "noise": "inside the noise",
+        "single": "one seed",
+    }
+    expected = stats.ttest_rel(values["up"], values["base"]).confidence_interval(0.95)
+    np.testing.assert_allclose(table.loc["up", ["low", "high"]].astype(float), [10 * x for x in expected])
+    np.testing.assert_allclose(table.loc["up", "difference"], 10 * (1.0 + 1.2 + 0.9) / 3)
+    assert table.loc["single", "difference"] == 40
+    assert np.isnan(table.loc["single", "low"])
+    with pytest.raises(ValueError, match="m has no runs of the variant 'full'"):
+        comparison.differences(records, "full", metric="score")
+
+
+def test_tables_show_differences_with_their_intervals(tmp_path):
+    records = [
+        {"config": {"method": "m", "variant": variant, "seed": seed}, "metrics": {"score": score}}
+        for variant, scores in {"base": [1.0, 2.0], "other": [2.0, 3.1]}.items()
+        for seed, score in enumerate(scores)
+    ]
+    table = comparison.differences(records, "base", metric="score")
+    tables.write_table(table, tmp_path, "table", "About.", best=False)
+    assert "| m | other | 2.5 ± 0.8 | 2 | +1.1 (+0.4 to +1.7) | better |" in (tmp_path / "table.md").read_text()
+    assert "low,high" in (tmp_path / "table.csv").read_text()
+
+
+def test_full_models_are_the_tables_own_runs_and_are_run_once(monkeypatch):
+    data = INRData("mnist", 32, 16, 16, 5, 1e-3)
+    settings_ = {"micro_batch": {"NG-GNN": 8}, "compiled": [], "dropout": 0.0}
+    table = inr_classification.table_configs(data, Schedule(1, 16), seeds={0: 1, 4: 1, 16: 1, 64: 1}, **settings_)
+    own = inr_classification.row_configs(data, Schedule(1, 16), "NG-GNN", 64, 1, **settings_)
+    assert set(own) <= set(table)
+    trials = ablations.trials("biases", own) + ablations.trials("normalization", own)
+    assert [trial.config in table for trial in trials] == [True, False, True, False, False]
+    ran = []
+
+    def execute(run, configs, workers=None):
+        ran.extend(configs)
+        return [
+            {
+                "hash": str(i),
+                "config": {
+                    "task": c.task,
+                    "dataset": c.dataset,
+                    "method": c.method,
+                    "seed": c.seed,
+                    "probes": c.probes,
+                },
+                "data": "d",
+                "metrics": {"test_accuracy": 0.5, "test_confusion": [[1]]},
+                "environment": {},
+            }
+            for i, c in enumerate(configs)
+        ]
+
+    monkeypatch.setattr(ablations, "execute_all", execute)
+    records = ablations.run_all(trials)
+    assert len(ran) == 4
+    assert len(records) == 5
+    assert records[0]["metrics"] == {"test_accuracy": 0.5, "run": "0"} == records[2]["metrics"]
+    assert records[0]["hash"] != records[2]["hash"]
+    assert [r["config"]["variant"] for r in ablations.asked(records, "biases", probes=64)] == [
+        "features of neurons",
+        "edges of bias nodes",
+    ]
+
+
+def test_changes_are_fields_or_options():
+    config = Config("mnist", "MLP", 0, 0, INRData("mnist", 1, 1, 1, 1, 1e-3), Schedule(1), None, (("dropout", 0.0),))
+    changed = ablations.changed(config, augmentation=ablations.ORDER, positions=False)
+    assert changed.augmentation == ablations.ORDER
+    assert changed.options == (("dropout", 0.0), ("positions", False))
+
+
+def curve(method, seed, fitted, tested):
+    return {"config": {"method": method, "seed": seed}, "metrics": {"fitted": fitted, "tested": tested}}
+
+
+def test_gap_at_equal_fit_is_the_mean_distance_of_the_curves():
+    ours = curve("a", 0, [2.0, 1.0], [2.1, 1.3])  # test = 0.8 train + 0.5
+    theirs = curve("b", 0, [1.5, 1.8, 0.5], [2.5, 2.8, 1.5])  # test = train + 1
+    # where both were: 1.0 to 1.8; theirs - ours = 0.2 train + 0.5, at 1.4 on average
+    assert loss_curves.gap_at_equal_fit(ours, theirs) == pytest.approx(0.78)
+    apart = curve("b", 1, [0.9, 0.5], [1.0, 1.0])
+    assert np.isnan(loss_curves.gap_at_equal_fit(ours, apart))
+    again = [ours, theirs, curve("a", 1, [2.0, 1.0], [2.1, 1.3]), apart]
+    row = loss_curves.gaps(again, "a", "b").iloc[0]
+    assert (row["seeds"], row["mean"]) == (1, pytest.approx(0.78))
+    assert np.isnan(row["low"])
+    assert loss_curves.gaps([ours, apart], "a", "b")["seeds"].tolist() == [0]
+
+
+def test_loss_curves_measure_both_losses_in_evaluation_mode():
+    data = INRData("mnist", 32, 16, 16, 5, 1e-3)
+    (config,) = inr_classification.row_configs(
+        data, Schedule(2, 16), "DWSNet", 0, 1, micro_batch={}, compiled=[], dropout=0.5
+    )
+    record = loss_curves.run(loss_curves.Config.of(config))
+    assert record["config"]["task"] == "loss_curves"
+    assert len(record["metrics"]["fitted"]) == len(record["metrics"]["tested"]) == 2
+    best = record["metrics"]["best_epoch"]
+    assert record["metrics"]["tested"][best] == pytest.approx(record["metrics"]["test_loss"], rel=1e-5)
+
+
+ARCHITECTURE = Architecture(
+    (3, 8, 6, 4, 5), (3, 5, 3, 3), (4, 1, 1, 1), (1, 2, 1, 1), ("relu", "tanh", "gelu", "relu"), (-1, -1, 0, 1)
+)
+
+
+def test_noise_changes_the_description_it_names():
+    state = {name: values.detach() for name, values in CNN(ARCHITECTURE).state_dict().items()}
+    random = np.random.default_rng(0)
+    removed, same = architectural_noise.skips_removed((ARCHITECTURE, state), 1.0, random)
+    assert removed.residual == (-1, -1, -1, -1)
+    assert same is state
+    assert architectural_noise.skips_removed((ARCHITECTURE, state), 0.0, random)[0] == ARCHITECTURE
+    rewired, _ = architectural_noise.skips_rewired((ARCHITECTURE, state), 1.0, random)
+    assert rewired.residual == (-1, -1, 0, 0)  # the third convolution has no other to begin at
+    thin, fewer = architectural_noise.neurons_left_out((ARCHITECTURE, state), 0.5, random)
+    assert thin.channels == (3, 4, 3, 2, 2)
+    assert thin.shapes == {name: tuple(values.shape) for name, values in fewer.items()}
+    zoos.wiring_of(thin).graph(fewer)
+    whole, every = architectural_noise.neurons_left_out((ARCHITECTURE, state), 0.0, random)
+    assert whole == ARCHITECTURE
+    assert all(torch.equal(every[name], values) for name, values in state.items())
+
+
+def test_left_out_neurons_take_their_own_weights_along():
+    state = {name: values.detach() for name, values in CNN(ARCHITECTURE).state_dict().items()}
+    marked = {
+        name: torch.arange(values.numel(), dtype=torch.float).view(values.shape) for name, values in state.items()
+    }
+    _, fewer = architectural_noise.neurons_left_out((ARCHITECTURE, marked), 0.5, np.random.default_rng(1))
+    kept = [fewer[f"layers.{i}.bias"].long() for i in range(4)]  # a bias is its neuron's number
+    for i in range(1, 4):
+        expected = marked[f"layers.{i}.weight"][kept[i]][:, kept[i - 1]]
+        assert torch.equal(fewer[f"layers.{i}.weight"], expected)
+    assert torch.equal(fewer["fc.weight"], marked["fc.weight"][:, kept[3]])
+
+
+@pytest.mark.parametrize("method", ["StatNN", "NG-GNN", "NG-T"])
+def test_without_noise_a_model_predicts_what_it_did(method):
+    (config,) = generalization.configs_of(
+        "cifar10_wild_park", [SMALL_PARK], [method], 1, Schedule(1, 4), {method: 1e-3}
+    )
+    record = generalization.run(config)
+    same = architectural_noise.run(architectural_noise.Config.on(config, "skips removed", 0.0))
+    assert same["metrics"]["tau"] == pytest.approx(record["metrics"]["test_cifar10_wild_park_tau"], abs=1e-6)
+    removed = architectural_noise.run(architectural_noise.Config.on(config, "skips removed", 1.0))
+    assert removed["metrics"]["skips"] == 0 < same["metrics"]["skips"]
+    if method == "StatNN":
+        assert removed["metrics"]["tau"] == same["metrics"]["tau"]
+
+
+def test_noise_that_is_none_is_an_error():
+    (config,) = generalization.configs_of(
+        "cifar10_wild_park", [SMALL_PARK], ["StatNN"], 1, Schedule(1, 4), {"StatNN": 1e-3}
+    )
+    with pytest.raises(ValueError, match="unknown noise 'dust'"):
+        architectural_noise.Config.on(config, "dust", 0.5)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        architectural_noise.Config.on(config, "skips removed", 2.0)
