@@ -16,9 +16,11 @@ from ngcore.data.augment import Augmentation, permuted
 from ngcore.data.cnn import CNN, Architecture
 from ngcore.graph import mlp, trace
 from ngcore.graph.bias_nodes import bias_nodes
+from ngcore.graph.collection import Collection
 from ngcore.graph.simulate import activations
 from ngcore.models import NGGNN, NGT
 from ngcore.models.encoder import ProbeFeatures, Standardize, grid
+from ngcore.models.heterogeneous import HeterogeneousNGGNN, HeterogeneousNGT
 from ngcore.models.ng_gnn import DIRECTIONS
 from ngcore.study import comparison, tables
 from ngcore.study.training import Schedule
@@ -476,3 +478,77 @@ def test_noise_that_is_none_is_an_error():
         architectural_noise.Config.on(config, "dust", 0.5)
     with pytest.raises(ValueError, match="between 0 and 1"):
         architectural_noise.Config.on(config, "skips removed", 2.0)
+
+
+FLAT = Architecture(
+    (3, 4, 6, 5), (3, 3, 5), (4, 1, 1), (1, 1, 2), ("relu", "tanh", "gelu"), (-1, -1, 0), classes=7, pool=2
+)
+
+
+@pytest.mark.parametrize("flatten", ["layer", "repeat"])
+def test_flattened_networks_have_every_parameter_and_their_symmetry(flatten):
+    torch.manual_seed(0)
+    network = CNN(FLAT).double().eval()
+    state = {name: values.clone() for name, values in network.state_dict().items()}
+    wiring = zoos.wiring_of(FLAT, flatten=flatten)
+    back = wiring.graph(state).state_dict()
+    assert all(torch.equal(back[name], values) for name, values in state.items())
+    copies = [g for g, group in enumerate(wiring.groups) if group.location is not None]
+    assert [wiring.groups[g].size for g in copies] == [5] * 4
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    expected = network(images)
+    twin = wiring.symmetry.permute(state, wiring.symmetry.random())
+    network.load_state_dict(twin)
+    torch.testing.assert_close(network(images), expected, rtol=0, atol=1e-12)
+    assert not torch.equal(twin["fc.weight"], state["fc.weight"])
+
+
+@pytest.mark.parametrize("flatten", ["layer", "repeat"])
+def test_flattened_weights_join_each_channel_at_each_place_with_each_class(flatten):
+    """fc.weight[k, c * 4 + r] is on the edge from channel c at location r to class k."""
+    wiring = zoos.wiring_of(FLAT, flatten=flatten)
+    state = {name: torch.zeros(shape) for name, shape in wiring.shapes.items()}
+    state["fc.weight"] = torch.arange(7 * 20.0).view(7, 20)
+    graph = wiring.graph(state)
+    for block, edges in zip(wiring.blocks, graph.edges, strict=True):
+        if block.weight == "fc.weight":
+            r = wiring.groups[block.source].location
+            for k in range(7):
+                for c in range(5):
+                    assert edges[k, c, 0] == state["fc.weight"][k, 4 * c + r]
+    into = [b for b in wiring.blocks if wiring.groups[b.target].location is not None]
+    kinds = [block.kind for block in into]
+    assert kinds == (["flatten"] * 4 if flatten == "layer" else ["convolution", "residual"] * 4)
+
+
+@pytest.mark.parametrize("flatten", ["layer", "repeat"])
+@pytest.mark.parametrize("training", [True, False])
+def test_models_of_flattened_networks_are_invariant_and_know_the_places(flatten, training):
+    torch.manual_seed(0)
+    wiring = zoos.wiring_of(FLAT, flatten=flatten)
+    state = {name: torch.randn(2, *shape, dtype=torch.float64) / 3 for name, shape in wiring.shapes.items()}
+    twin = wiring.symmetry.permute(state, wiring.symmetry.random())
+    turned = state | {"fc.weight": state["fc.weight"].unflatten(2, (5, 4)).flip(3).flatten(2)}
+    networks = Collection([wiring.graph(s) for s in (state, twin, turned)])
+    for model in (HeterogeneousNGGNN, HeterogeneousNGT):
+        metanetwork = model(networks.frame).double().train(training)
+        metanetwork.fit_normalization(networks, torch.arange(6))
+        scores = metanetwork(networks[torch.arange(6)])
+        torch.testing.assert_close(scores[2:4], scores[:2], rtol=0, atol=1e-9)
+        assert (scores[4:] - scores[:2]).abs().max() > 1e-6
+
+
+def test_a_park_whose_networks_flatten():
+    recipe = wild_park.FlattenedRecipe(64, 20, 1, 1)
+    assert recipe.name.startswith("wild_park_flattened_64train")
+    assert wild_park.draw_architecture(0, 3, 2) == replace(wild_park.draw_architecture(0, 3), pool=2)
+    networks = zoos.load((zoos.Zoo(8, recipe),))
+    assert set(networks.table["dataset"]) == {"cifar10_wild_park_flattened"}
+    layer, repeat = networks.collection, networks.repeated_collection
+    assert layer.frame.locations == repeat.frame.locations == 4
+    assert (repeat.sizes < layer.sizes).all()
+
+
+def test_a_pool_without_places_is_an_error():
+    with pytest.raises(ValueError, match="classes and pool are at least 1"):
+        replace(FLAT, pool=0)

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +89,8 @@ def test_recipes_of_nothing_are_refused(changes):
 
 def test_recipes_have_directories_of_their_own():
     names = {
-        field: replace(RECIPE, **{field: getattr(RECIPE, field) + 1}).name for field in RECIPE.__dataclass_fields__
+        field: replace(RECIPE, **{field: getattr(RECIPE, field) + 1}).name
+        for field in [field.name for field in fields(RECIPE)]
     }
     assert len({RECIPE.name, *names.values()}) == 6
 

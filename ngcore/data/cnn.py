@@ -1,4 +1,4 @@
-"""CNNs of the zoos: convolutions with skip connections between any of them, global average pooling, a linear layer."""
+"""CNNs of the zoos: convolutions with skip connections between any of them, average pooling, a linear layer."""
 
 from __future__ import annotations
 
@@ -33,6 +33,8 @@ class Architecture:
             what enters this one's activation, on the channels that both have (paper, appendix E.1); their images must
             have the same size.
         classes: outputs of the linear layer.
+        pool: the last images are averaged over pool x pool equal parts, which are flattened (channel by channel); with
+            1, global average pooling, nothing is left to flatten.
 
     Raises:
         ValueError: names what is wrong.
@@ -45,6 +47,7 @@ class Architecture:
     activation: tuple[str, ...]
     residual: tuple[int, ...]
     classes: int = 10
+    pool: int = 1
 
     def __post_init__(self) -> None:
         layers = len(self.channels) - 1
@@ -56,6 +59,8 @@ class Architecture:
         for name, least in (("channels", 1), ("kernel_size", 1), ("stride", 1), ("padding", 0)):
             if min(getattr(self, name)) < least:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least {least}")
+        if min(self.classes, self.pool) < 1:
+            raise ValueError(f"classes and pool are at least 1, got {self.classes} and {self.pool}")
         for activation in self.activation:
             if activation not in ACTIVATIONS:
                 raise ValueError(f"unknown activation {activation!r}; there are {', '.join(ACTIVATIONS)}")
@@ -79,7 +84,7 @@ class Architecture:
         shapes: dict[str, tuple[int, ...]] = {}
         for i, ((before, after), k) in enumerate(zip(itertools.pairwise(self.channels), self.kernel_size, strict=True)):
             shapes |= {f"layers.{i}.weight": (after, before, k, k), f"layers.{i}.bias": (after,)}
-        return shapes | {"fc.weight": (self.classes, self.channels[-1]), "fc.bias": (self.classes,)}
+        return shapes | {"fc.weight": (self.classes, self.channels[-1] * self.pool**2), "fc.bias": (self.classes,)}
 
     def as_json(self) -> dict[str, Any]:
         """For a file; `from_json` takes it back."""
@@ -106,7 +111,7 @@ class CNN(nn.Module):
         a = architecture
         shapes = zip(a.channels, a.channels[1:], a.kernel_size, a.stride, a.padding, strict=False)
         self.layers = nn.ModuleList(nn.Conv2d(*shape) for shape in shapes)
-        self.fc = nn.Linear(a.channels[-1], a.classes)
+        self.fc = nn.Linear(a.channels[-1] * a.pool**2, a.classes)
         self.architecture = a
 
     def forward(self, images: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch classes"]:
@@ -120,4 +125,5 @@ class CNN(nn.Module):
                 x = x + F.pad(added, (0, 0, 0, 0, 0, x.shape[1] - added.shape[1]))
             x = ACTIVATIONS[activation](x)
             outputs.append(x)
-        return self.fc(x.mean(dim=(2, 3)))
+        pool = self.architecture.pool
+        return self.fc(x.mean(dim=(2, 3)) if pool == 1 else F.adaptive_avg_pool2d(x, pool).flatten(1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -39,6 +39,9 @@ class Recipe:
         ValueError: training has fewer steps than checkpoints, or none.
     """
 
+    dataset: ClassVar[str] = "cifar10_wild_park"
+    pool: ClassVar[int] = 1
+
     train_images: int
     test_images: int
     epochs: int
@@ -55,7 +58,7 @@ class Recipe:
     @property
     def name(self) -> str:
         return (
-            f"wild_park_{self.train_images}train_{self.test_images}test_{self.epochs}epochs"
+            f"{self.dataset.removeprefix('cifar10_')}_{self.train_images}train_{self.test_images}test_{self.epochs}epochs"
             f"_{self.checkpoints}checkpoints_seed{self.seed}"
         )
 
@@ -71,7 +74,15 @@ class Recipe:
         return [(i + 1) * steps // self.checkpoints for i in range(self.checkpoints)]
 
 
-def draw_architecture(seed: int, run: int) -> Architecture:
+@dataclass(frozen=True)
+class FlattenedRecipe(Recipe):
+    """The same networks but for their end: they flatten averages over 2 x 2 parts of the images."""
+
+    dataset: ClassVar[str] = "cifar10_wild_park_flattened"
+    pool: ClassVar[int] = 2
+
+
+def draw_architecture(seed: int, run: int, pool: int = 1) -> Architecture:
     """The architecture of a run, for images of 3 x 32 x 32: layers, channels, kernel sizes, activations, residuals.
 
     Convolution i adds one of the outputs 0 to i - 2 or none, all with equal chances. The paper does not say strides and
@@ -88,6 +99,7 @@ def draw_architecture(seed: int, run: int) -> Architecture:
         padding=tuple(k // 2 for k in kernel_size),
         activation=tuple(random.choice(list(ACTIVATIONS), layers).tolist()),
         residual=tuple(int(random.integers(-1, max(0, i - 1))) for i in range(layers)),
+        pool=pool,
     )
 
 
@@ -127,7 +139,8 @@ def train_run(recipe: Recipe, run: int, cache: Path) -> Checkpoints:
         the last checkpoint).
     """
     (images, labels), (test_images, test_labels) = _standardized(recipe.train_images, recipe.test_images, cache)
-    architecture, learning_rate = draw_architecture(recipe.seed, run), draw_learning_rate(recipe.seed, run)
+    architecture = draw_architecture(recipe.seed, run, recipe.pool)
+    learning_rate = draw_learning_rate(recipe.seed, run)
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(int(np.random.default_rng((recipe.seed, run, _TRAINING)).integers(2**63)))
         network = CNN(architecture)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
-from ngcore.graph.spaces import Space, cut, unify
+from ngcore.graph.data import Flatten
+from ngcore.graph.spaces import Space, cut, product_of, unify
 from ngcore.graph.symmetry import Symmetry
 from ngcore.graph.wiring import Block, Group, View, Wiring
 
@@ -16,8 +18,11 @@ def cnn(
     activation: Sequence[str],
     residual: Sequence[int],
     classes: int,
+    pool: int = 1,
+    flatten: Flatten = "layer",
 ) -> Wiring:
-    """Wiring of convolutions, global average pooling and a linear layer; equal to what `trace` finds, without its time.
+    """Wiring of convolutions, average pooling and a linear layer; with global pooling (`pool` 1) equal to what `trace`
+    finds, without its time.
 
     Parameters are `layers.<i>.weight`, `layers.<i>.bias`, `fc.weight` and `fc.bias`.
 
@@ -26,6 +31,10 @@ def cnn(
         kernel_size, activation: of every convolution; kernels are square.
         residual: for every convolution -1, or the earlier one whose output is added before its activation, on the
             first channels, as many as both have.
+        pool: what is left of images before they are flattened is pool x pool.
+        flatten: how that is shown where pool is not 1 (paper, appendix C.2): by a layer of neurons for the channels at
+            every location ("layer"), or by repeating the last convolution's neurons, with all edges that point to them,
+            for every location ("repeat").
 
     Raises:
         ValueError: the lengths disagree, or a convolution would add one that is not before the last.
@@ -59,12 +68,38 @@ def cnn(
         kernel = (Space(k, pinned=True), Space(k, pinned=True))
         axes[f"layers.{i}.weight"] = (spaces[i + 1], spaces[i], *kernel)
         axes[f"layers.{i}.bias"] = (spaces[i + 1],)
-    groups.append(Group(classes, "output", layers + 1, "identity", "fc.bias"))
-    blocks.append(Block(layers, layers + 1, "fc.weight"))
+    if pool > 1:
+        groups, blocks = _flattened(groups, blocks, pool**2, flatten)
+    heads = [g for g, group in enumerate(groups) if group.location is not None] or [layers]
+    depth = 1 + groups[heads[0]].layer
+    groups.append(Group(classes, "output", depth, "identity", "fc.bias"))
+    for r, g in enumerate(heads):
+        count = len(heads)  # channels are the slower axis of the flattened ones
+        view = View((1, classes, channels[-1]), (0, channels[-1] * count, count), r) if count > 1 else None
+        blocks.append(Block(g, len(groups) - 1, "fc.weight", view=view))
+    flattened = product_of([spaces[-1], Space(pool**2, pinned=True)])
     spaces.append(Space(classes, pinned=True))
-    axes["fc.weight"], axes["fc.bias"] = (spaces[-1], spaces[-2]), (spaces[-1],)
+    axes["fc.weight"], axes["fc.bias"] = (spaces[-1], flattened), (spaces[-1],)
     parameters = tuple((name, tuple(space.size for space in own)) for name, own in axes.items())
     return Wiring(tuple(groups), tuple(blocks), parameters, symmetry=Symmetry(axes))
+
+
+def _flattened(
+    groups: list[Group], blocks: list[Block], locations: int, flatten: Flatten
+) -> tuple[list[Group], list[Block]]:
+    """The graph before the linear layer, with a group for the last convolution's channels at every location."""
+    *others, last = groups
+    final = len(others)
+    if flatten == "layer":
+        copies = [
+            replace(last, layer=last.layer + 1, activation="identity", bias=None, location=r) for r in range(locations)
+        ]
+        into = [Block(final, final + 1 + r, None, "flatten", groups=last.size) for r in range(locations)]
+        return [*groups, *copies], [*blocks, *into]
+    copies = [replace(last, tied=r > 0, location=r) for r in range(locations)]
+    into = [block for block in blocks if block.target == final]
+    repeated = [replace(block, target=final + r, tied=r > 0) for r in range(locations) for block in into]
+    return [*others, *copies], [*(block for block in blocks if block.target != final), *repeated]
 
 
 def _first(space: Space, count: int) -> Space:

@@ -31,6 +31,7 @@ class Frame:
         inputs, outputs: input and output neurons, each of which is told apart.
         layers: hidden layers, each of which is told apart.
         activations: names of the hidden neurons' activations.
+        locations: places in space from which channels are flattened, each of which is told apart.
         linear: where weights without a kernel lie: at the window's centre, as of a 1x1 convolution ("convolution"), or
             at its first place ("linear"; paper, section 2.2).
     """
@@ -40,6 +41,7 @@ class Frame:
     outputs: int
     layers: int
     activations: tuple[str, ...]
+    locations: int = 0
     linear: Linear = "convolution"
 
     @classmethod
@@ -55,6 +57,7 @@ class Frame:
             outputs=sizes["output"],
             layers=max((group.layer for group in hidden), default=0),
             activations=tuple(sorted({group.activation for group in hidden})),
+            locations=1 + max((group.location for group in hidden if group.location is not None), default=-1),
         )
 
     @property
@@ -67,7 +70,10 @@ class Frame:
         return {"input": 0, "output": self.layers + 1}.get(group.role, group.layer)
 
     def position(self, group: Group) -> list[int]:
-        """Row of the positional embedding of every neuron: one per input and output neuron, one per hidden layer."""
+        """Row of the positional embedding of every neuron: one per input and output neuron, one per hidden layer, one
+        per location of flattened channels."""
+        if group.location is not None:
+            return [self.inputs + self.layers + self.outputs + group.location] * group.size
         if group.role == "hidden":
             return [self.inputs + group.layer - 1] * group.size
         first = 0 if group.role == "input" else self.inputs + self.layers
@@ -90,6 +96,8 @@ class Frame:
                 raise ValueError(f"unknown activation {group.activation!r} in {where}; the frame has {known}")
             if group.role == "hidden" and group.layer > self.layers:
                 raise ValueError(f"{where} is deeper than the frame's {self.layers} hidden layers")
+            if group.location is not None and group.location >= self.locations:
+                raise ValueError(f"{where} is flattened at location {group.location}, the frame has {self.locations}")
             if group.role == "input" and group.size > self.inputs:
                 raise ValueError(f"{where} has {group.size} input neurons, the frame {self.inputs}")
         outputs = sum(group.size for group in wiring.groups if group.role == "output")

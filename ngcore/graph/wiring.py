@@ -51,7 +51,7 @@ class Group:
     `bias` names the parameter that becomes their node feature, None where they have none; `view` says which of its
     elements, None for all, in order. `activation` is what is applied to the neurons' sums; `layer` counts from 0 at
     the input; `where` is the path of the module that they belong to. `tied`: the bias has its place in an earlier
-    group.
+    group. `location`: where in space these neurons' channels are flattened from, which must not be exchanged.
     """
 
     size: int
@@ -62,6 +62,7 @@ class Group:
     view: View | None = None
     where: str = ""
     tied: bool = False
+    location: int | None = None
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,7 @@ class FrameEncoder(nn.Module):
         self.edge_fourier = nn.Linear(edge_copies * frame.features if sigma is None else 2 * FREQUENCIES, edge_width)
         self.node_linear = nn.Linear(node_width, node_width)
         self.edge_linear = nn.Linear(edge_width, edge_width)
-        rows = frame.inputs + frame.layers + frame.outputs
+        rows = frame.inputs + frame.layers + frame.outputs + frame.locations
         self.positions = nn.Parameter(torch.randn(rows, node_width)) if positions else None
         rows = len(frame.activations) + 1
         self.activations = nn.Parameter(torch.randn(rows, node_width)) if activations else None

@@ -43,6 +43,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "both": {"augmentation": replace(Augmentation(), permute=True)},
     },
     "linear layers": {"as 1x1 convolutions": {}, "as linear layers": {"method": "NG-GNN_linear"}},
+    "flattening": {"a layer of its own": {}, "repeated neurons": {"method": "NG-GNN_repeat"}},
 }
 
 

@@ -6,7 +6,7 @@ of whose neurons some were left out. The networks' accuracies are what they were
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor
 from ngcore.data.cnn import Architecture
 from ngcore.study.runs import Record, StoredRun, cache_directory, environment
 from ngcore.tasks import generalization
-from ngcore.tasks.zoos import Networks, Zoo, load, wiring_of
+from ngcore.tasks.zoos import Networks, load, wiring_of
 
 State = dict[str, Tensor]
 Network = tuple[Architecture, State]
@@ -52,7 +52,8 @@ def neurons_left_out(network: Network, share: float, random: np.random.Generator
         following = f"layers.{i + 1}.weight" if i + 1 < layers else "fc.weight"
         for name in (f"layers.{i}.weight", f"layers.{i}.bias"):
             state[name] = state[name][kept]
-        state[following] = state[following][:, kept]
+        weight = state[following]
+        state[following] = weight.unflatten(1, (count, -1))[:, kept].reshape(len(weight), -1, *weight.shape[2:])
         channels[i + 1] = len(kept)
     return replace(architecture, channels=tuple(channels)), state
 
@@ -108,13 +109,13 @@ def run(config: Config, on_epoch: Callable[[int, Record], None] = lambda epoch, 
     model.load_state_dict(StoredRun.of(config.of, networks.digest, cache_directory()).weights())
     rows = generalization.rows_of(networks, config.of.split)[f"test_{config.dataset}"]
     random = np.random.default_rng(config.seed)
-    altered = [NOISES[config.noise](network, config.share, random) for network in described(config.of.data, rows)]
+    altered = [NOISES[config.noise](network, config.share, random) for network in described(networks, rows)]
     graphs = tuple(
         wiring_of(architecture).graph({name: values.unsqueeze(0) for name, values in state.items()})
         for architecture, state in altered
     )
     table = networks.table.iloc[rows.numpy()].reset_index(drop=True)
-    noisy = Networks(table, graphs, networks.digest, networks.frame)
+    noisy = Networks(table, tuple(architecture for architecture, _ in altered), graphs, networks.digest, networks.frame)
     inputs = generalization.METHODS[config.method][1](noisy)
     every, chunk = torch.arange(len(rows)), generalization.CHUNK.get(config.method)
     found = generalization.predict(model, inputs, noisy.collection.sizes, every, chunk)
@@ -124,11 +125,11 @@ def run(config: Config, on_epoch: Callable[[int, Record], None] = lambda epoch, 
     return stored.finish(metrics, {}, environment("cpu") | {"train_seconds": 0.0})
 
 
-def described(zoos: Sequence[Zoo], rows: Int[Tensor, " networks"]) -> list[Network]:
-    """The networks `rows` of these populations, in the order of their table."""
-    parts = [part for zoo in zoos for part in zoo.population().parts]
-    every = [(part, i) for part in parts for i in range(len(part))]
-    return [
-        (part.architecture, {name: values[i] for name, values in part.parameters.items()})
-        for part, i in (every[row] for row in rows.tolist())
+def described(networks: Networks, rows: Int[Tensor, " networks"]) -> list[Network]:
+    """The networks `rows` as they are."""
+    every = [
+        (architecture, graph[i].state_dict())
+        for architecture, graph in zip(networks.architectures, networks.graphs, strict=True)
+        for i in range(graph.num_networks)
     ]
+    return [every[row] for row in rows.tolist()]

@@ -134,6 +134,10 @@ METHODS: dict[str, tuple[Build, Inputs]] = {
         lambda networks, **o: HeterogeneousNGGNN(networks.linear_collection.frame, **o),
         lambda networks: networks.linear_collection,
     ),
+    "NG-GNN_repeat": (
+        lambda networks, **o: HeterogeneousNGGNN(networks.repeated_collection.frame, **o),
+        lambda networks: networks.repeated_collection,
+    ),
     "NG-T": (lambda networks, **o: HeterogeneousNGT(networks.frame, **o), lambda networks: networks.collection),
 }
 

@@ -18,12 +18,17 @@ from ngcore.data.populations import Population
 from ngcore.graph import NeuralGraph, Wiring
 from ngcore.graph.cnn import cnn
 from ngcore.graph.collection import Collection, Frame
+from ngcore.graph.data import Flatten
 from ngcore.models.baselines.stat_nn import statistics
 from ngcore.study.runs import Record, cache_directory, environment, run_hash, tensor_digest
 
 # Shares of the training runs that metanetworks train on and are selected on; the rest is for testing. Of CIFAR10-GS
 # half is, as in the paper; for the Wild Park it does not say.
-SHARES = {"cifar10_gs": (0.4, 0.1), "cifar10_wild_park": (0.6, 0.15)}
+SHARES = {
+    "cifar10_gs": (0.4, 0.1),
+    "cifar10_wild_park": (0.6, 0.15),
+    "cifar10_wild_park_flattened": (0.6, 0.15),
+}
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class Zoo:
 
     @property
     def dataset(self) -> str:
-        return "cifar10_gs" if isinstance(self.recipe, cifar10_gs.Recipe) else "cifar10_wild_park"
+        return "cifar10_gs" if isinstance(self.recipe, cifar10_gs.Recipe) else self.recipe.dataset
 
     def population(self, *, workers: int | None = None, compiled: bool = False) -> Population:
         """The networks; trained where they are not stored yet.
@@ -55,11 +60,11 @@ class Zoo:
         return wild_park.generate_park(self.recipe, self.runs, cache_directory(), workers or cores)
 
 
-def wiring_of(architecture: Architecture, hide_activations: bool = False) -> Wiring:
+def wiring_of(architecture: Architecture, hide_activations: bool = False, flatten: Flatten = "layer") -> Wiring:
     """The wiring of a zoo's CNN; with activations hidden all of them are called "relu"."""
     a = architecture
     activation = ["relu"] * len(a.activation) if hide_activations else a.activation
-    return cnn(a.channels, a.kernel_size, activation, a.residual, a.classes)
+    return cnn(a.channels, a.kernel_size, activation, a.residual, a.classes, a.pool, flatten)
 
 
 @dataclass(frozen=True)
@@ -68,12 +73,14 @@ class Networks:
 
     Attributes:
         table: a row per network, with its `dataset`.
+        architectures: of which there is one graph each.
         graphs: of one wiring each, with one batch axis.
         digest: of all parameters and of what the table says.
         frame: that holds all of them.
     """
 
     table: pd.DataFrame
+    architectures: tuple[Architecture, ...]
     graphs: tuple[NeuralGraph, ...]
     digest: str
     frame: Frame
@@ -86,6 +93,13 @@ class Networks:
     def linear_collection(self) -> Collection:
         """The same with linear layers apart from convolutions, see `Frame`."""
         return Collection(self.graphs, replace(self.frame, linear="linear"))
+
+    @cached_property
+    def repeated_collection(self) -> Collection:
+        """The same with flattened channels' own neurons repeated, see `cnn`."""
+        wirings = [wiring_of(architecture, flatten="repeat") for architecture in self.architectures]
+        states = [graph.state_dict() for graph in self.graphs]
+        return Collection([wiring.graph(state) for wiring, state in zip(wirings, states, strict=True)])
 
     @cached_property
     def statistics(self) -> Float[Tensor, "networks features"]:
@@ -110,20 +124,19 @@ class Networks:
 @cache
 def load(zoos: tuple[Zoo, ...], hide_activations: bool = False) -> Networks:
     """All networks of these zoos; kept for the process's further runs."""
-    tables, graphs = [], []
+    tables, architectures, graphs = [], [], []
     for zoo in zoos:
         population = zoo.population()
         tables.append(population.table.assign(dataset=zoo.dataset))
-        graphs += [
-            wiring_of(part.architecture, hide_activations).graph(part.parameters)
-            for part in population.parts
-            if len(part)
-        ]
+        parts = [part for part in population.parts if len(part)]
+        architectures += [part.architecture for part in parts]
+        graphs += [wiring_of(part.architecture, hide_activations).graph(part.parameters) for part in parts]
     table = pd.concat(tables, ignore_index=True)
     told = table.to_json(orient="records").encode()
     tensors = [values for graph in graphs for values in graph.state_dict().values()]
     digest = tensor_digest([*tensors, torch.frombuffer(bytearray(told), dtype=torch.uint8)])
-    return Networks(table, tuple(graphs), digest, Frame.of({graph.wiring for graph in graphs}))
+    frame = Frame.of({graph.wiring for graph in graphs})
+    return Networks(table, tuple(architectures), tuple(graphs), digest, frame)
 
 
 def split_rows(table: pd.DataFrame) -> dict[str, Int[Tensor, " networks"]]:
@@ -159,9 +172,11 @@ def population_record(zoo: Zoo) -> Record:
 
 def sizes_in_words(zoos: Sequence[Zoo]) -> str:
     """How the populations were made, for captions."""
+    networks = "{runs:,} networks, {train_images:,} images"
+    park = networks + ", {epochs} epochs, {checkpoints} checkpoints each"
     words = {
-        "cifar10_gs": "CIFAR10-GS: {runs:,} networks, {train_images:,} images, {steps:,} steps of 32",
-        "cifar10_wild_park": "Wild Park: {runs:,} networks, {train_images:,} images, {epochs} epochs, "
-        "{checkpoints} checkpoints each",
+        "cifar10_gs": f"CIFAR10-GS: {networks}, {{steps:,}} steps of 32",
+        "cifar10_wild_park": f"Wild Park: {park}",
+        "cifar10_wild_park_flattened": f"Wild Park with flattening: {park}",
     }
     return "; ".join(words[zoo.dataset].format(runs=zoo.runs, **asdict(zoo.recipe)) for zoo in zoos)
