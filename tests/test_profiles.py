@@ -1,3 +1,5 @@
+import ast
+
 import nbformat
 import pytest
 
@@ -70,6 +72,41 @@ def test_the_profiles_of_the_study_fit_its_notebooks(name):
     profile = load_profile(name, notebooks / "profiles")
     for notebook in find_notebooks(notebooks).values():
         assert parameters_for(notebook, profile)["profile"] == name
+
+
+def values_of(number, name):
+    """A notebook's parameters in a profile: those of its own cell, and what the profile replaces."""
+    notebook = find_notebooks(ROOT / "notebooks")[number]
+    cells = nbformat.read(notebook, as_version=4).cells
+    (cell,) = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", ())]
+    own = {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(cell).body}
+    return own | load_profile(name, ROOT / "notebooks" / "profiles")[number]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "notebooks" / "profiles").glob("*.yaml")))
+def test_ablations_have_the_scale_of_the_tables_whose_runs_they_reuse(name):
+    inrs, cnns, ablations = (values_of(number, name) for number in ("01", "03", "05"))
+    same = (
+        "train_size",
+        "validation_size",
+        "test_size",
+        "batch",
+        "warmup",
+        "decay",
+        "dropout",
+        "augment",
+        "micro_batch",
+    )
+    for parameter in (*same, "precision"):
+        assert ablations[parameter] == inrs[parameter], parameter
+    for parameter in ("inr_steps", "inr_learning_rate", "epochs"):
+        assert ablations[parameter] == inrs[parameter]["mnist"], parameter
+    assert set(ablations["compiled"]) == set(inrs["compiled"])
+    for parameter in ("wild_park", "weight_decay", "decay"):
+        assert ablations[parameter] == cnns[parameter], parameter
+    for parameter in ("epochs", "batch", "warmup"):
+        assert ablations[f"park_{parameter}"] == cnns[parameter]["cifar10_wild_park"], parameter
+    assert ablations["learning_rate"].items() <= cnns["learning_rate"].items()
 
 
 def test_a_misspelt_parameter_is_an_error(profiles):
