@@ -21,7 +21,7 @@ from ngcore.graph.simulate import activations
 from ngcore.models import NGGNN, NGT
 from ngcore.models.encoder import ProbeFeatures, Standardize, grid
 from ngcore.models.heterogeneous import HeterogeneousNGGNN, HeterogeneousNGT
-from ngcore.models.ng_gnn import DIRECTIONS
+from ngcore.models.ng_gnn import DIRECTIONS, EquivariantNGGNN
 from ngcore.study import comparison, tables
 from ngcore.study.training import Schedule
 from ngcore.tasks import ablations, architectural_noise, generalization, inr_classification, loss_curves, zoos
@@ -120,11 +120,22 @@ def test_permuted_networks_are_the_same_networks_in_other_orders(sizes):
     torch.testing.assert_close(after[-1], before[-1], rtol=0, atol=1e-12)
     for old, new in zip(before, after, strict=True):
         torch.testing.assert_close(new.sort(dim=1).values, old.sort(dim=1).values, rtol=0, atol=1e-12)
-    if max(sizes[1:-1]) > 3:  # networks have orders of their own
-        layer = 1 + int(np.argmax(sizes[1:-1]))
-        pairs = zip(before[layer], after[layer], strict=True)
-        orders = [torch.cdist(new, old).argmin(1).tolist() for old, new in pairs]
-        assert all(sorted(order) == list(range(sizes[layer])) for order in orders)
+
+
+def test_every_network_gets_an_order_of_its_own():
+    torch.manual_seed(0)
+    state = random_state(6)
+    found = permuted(state)
+    pairs = zip(state["layers.0.weight"], found["layers.0.weight"], strict=True)
+    orders = [torch.cdist(new, old).argmin(1) for old, new in pairs]
+    for order in orders:
+        assert sorted(order.tolist()) == list(range(32))
+    assert len({tuple(order.tolist()) for order in orders}) == 6
+    later = [
+        torch.equal(new, old[:, order])  # the next layer's sources have the same order, and targets one of their own
+        for old, new, order in zip(state["layers.1.weight"], found["layers.1.weight"], orders, strict=True)
+    ]
+    assert not any(later)
 
 
 # Each row keeps some edges and, of [e, eᵀ, e + eᵀ], some features of the plain form.
@@ -178,6 +189,10 @@ def test_unknown_choices_are_named():
         NGT(WIRING, 10, probes=4, probing="best")
     with pytest.raises(ValueError, match="power 2, not 5"):
         NGGNN(WIRING, 10, probes=5, probing="grid")
+    with pytest.raises(ValueError, match="biases is one of feature, node, not 'salt'"):
+        build_model("NG-GNN", biases="salt")
+    with pytest.raises(ValueError, match="'forward' does not: leave it at 'both'"):
+        EquivariantNGGNN(WIRING, directions="forward")
     with pytest.raises(ValueError, match="unknown question 'taste'"):
         ablations.trials("taste", [])
     with pytest.raises(ValueError, match="'biases' has no variants salt"):
@@ -298,9 +313,11 @@ def test_linear_weights_lie_where_the_frame_says():
     rows = torch.arange(6)
     centred, first = networks.collection[rows], networks.linear_collection[rows]
     middle = networks.frame.features // 2
-    moved = (centred.weights != first.weights).any(dim=1)
+    moved = (centred.present.sum(1) == 1) & (centred.edge_slot == networks.frame.layers + 1)  # to the outputs
     assert moved.any()
-    assert not moved.all()
+    skips = centred.edge_slot == 0
+    assert skips.any()
+    assert torch.equal(first.weights[~moved], centred.weights[~moved])
     torch.testing.assert_close(first.weights[moved][:, 0], centred.weights[moved][:, middle])
     assert (first.weights[moved][:, 1:] == 0).all()
     assert first.present[moved][:, 0].all()
@@ -326,6 +343,16 @@ def test_differences_are_those_of_paired_seeds():
     np.testing.assert_allclose(table.loc["up", "difference"], 10 * (1.0 + 1.2 + 0.9) / 3)
     assert table.loc["single", "difference"] == 40
     assert np.isnan(table.loc["single", "low"])
+    others = [{**record, "config": {**record["config"], "method": "MLP"}} for record in records]
+    others = [{**record, "config": {**record["config"], "method": "MLP"}} for record in records]
+    rows = comparison.differences(records[::-1] + others, "base", metric="score")
+    assert rows["method"].tolist() == ["MLP"] * 4 + ["m"] * 4
+    told = comparison.conclusion(table.reset_index().assign(method="m"), "points").splitlines()
+    assert told == [
+        "m: up: +10.3 points, better than the base",
+        "m: noise: +1.7 points, inside the noise",
+        "m: single: +40.0 points, one seed, which tells nothing about noise",
+    ]
     with pytest.raises(ValueError, match="m has no runs of the variant 'full'"):
         comparison.differences(records, "full", metric="score")
 
@@ -401,6 +428,8 @@ def test_gap_at_equal_fit_is_the_mean_distance_of_the_curves():
     assert loss_curves.gap_at_equal_fit(ours, theirs) == pytest.approx(0.78)
     apart = curve("b", 1, [0.9, 0.5], [1.0, 1.0])
     assert np.isnan(loss_curves.gap_at_equal_fit(ours, apart))
+    bent = curve("b", 0, [2.0, 1.0, 1.5], [3.0, 2.0, 3.5])  # 2 at 1, 3.5 at 1.5, 3 at 2: 3 on average
+    assert loss_curves.gap_at_equal_fit(ours, bent) == pytest.approx(3.0 - 1.7, abs=0.01)
     again = [ours, theirs, curve("a", 1, [2.0, 1.0], [2.1, 1.3]), apart]
     row = loss_curves.gaps(again, "a", "b").iloc[0]
     assert (row["seeds"], row["mean"]) == (1, pytest.approx(0.78))
@@ -435,7 +464,9 @@ def test_noise_changes_the_description_it_names():
     rewired, _ = architectural_noise.skips_rewired((ARCHITECTURE, state), 1.0, random)
     assert rewired.residual == (-1, -1, 0, 0)  # the third convolution has no other to begin at
     thin, fewer = architectural_noise.neurons_left_out((ARCHITECTURE, state), 0.5, random)
-    assert thin.channels == (3, 4, 3, 2, 2)
+    assert thin.channels[0] == 3
+    assert all(0 < few <= many for few, many in zip(thin.channels[1:], ARCHITECTURE.channels[1:], strict=True))
+    assert sum(thin.channels) < sum(ARCHITECTURE.channels)
     assert thin.shapes == {name: tuple(values.shape) for name, values in fewer.items()}
     zoos.wiring_of(thin).graph(fewer)
     whole, every = architectural_noise.neurons_left_out((ARCHITECTURE, state), 0.0, random)
@@ -454,20 +485,27 @@ def test_left_out_neurons_take_their_own_weights_along():
         expected = marked[f"layers.{i}.weight"][kept[i]][:, kept[i - 1]]
         assert torch.equal(fewer[f"layers.{i}.weight"], expected)
     assert torch.equal(fewer["fc.weight"], marked["fc.weight"][:, kept[3]])
+    for layer, earlier in ((2, 0), (3, 1)):  # skip connections join equal numbers, before and after
+        shared = min(len(kept[layer]), len(kept[earlier]))
+        assert torch.equal(kept[layer][:shared], kept[earlier][:shared])
 
 
 @pytest.mark.parametrize("method", ["StatNN", "NG-GNN", "NG-T"])
-def test_without_noise_a_model_predicts_what_it_did(method):
+def test_noise_is_measured_on_the_networks_that_it_changes(method):
     (config,) = generalization.configs_of(
         "cifar10_wild_park", [SMALL_PARK], [method], 1, Schedule(1, 4), {method: 1e-3}
     )
     record = generalization.run(config)
-    same = architectural_noise.run(architectural_noise.Config.on(config, "skips removed", 0.0))
-    assert same["metrics"]["tau"] == pytest.approx(record["metrics"]["test_cifar10_wild_park_tau"], abs=1e-6)
-    removed = architectural_noise.run(architectural_noise.Config.on(config, "skips removed", 1.0))
-    assert removed["metrics"]["skips"] == 0 < same["metrics"]["skips"]
+    thin = architectural_noise.run(architectural_noise.Config.on(config, "neurons left out", 0.9))["metrics"]
+    true = record["metrics"]["test_cifar10_wild_park_true"]
+    assert thin["changed"] == len(true)
+    assert thin["tau_as_they_are"] == pytest.approx(record["metrics"]["test_cifar10_wild_park_tau"], abs=1e-6)
+    removed = architectural_noise.run(architectural_noise.Config.on(config, "skips removed", 1.0))["metrics"]
+    assert 0 < removed["changed"] < len(true)
     if method == "StatNN":
-        assert removed["metrics"]["tau"] == same["metrics"]["tau"]
+        assert removed["tau"] == removed["tau_as_they_are"]
+    with pytest.raises(ValueError, match="changes none of"):
+        architectural_noise.run(architectural_noise.Config.on(config, "skips removed", 0.0))
 
 
 def test_noise_that_is_none_is_an_error():

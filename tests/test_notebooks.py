@@ -32,16 +32,10 @@ ARTEFACTS = {
     ],
     "05": [
         *("table_6", "table_7", "table_equal_fit", "table_directions", "table_normalization", "table_biases"),
-        *(
-            "table_probe_points",
-            "table_linear",
-            "table_flattening",
-            "table_noise",
-            "table_sizes",
-            "table_augmentation",
-            "figure_4",
-        ),
-        *("figure_directions", "figure_probe_points", "figure_noise", "figure_sizes", "figure_augmentation"),
+        *("table_probe_points", "table_linear", "table_flattening", "table_noise", "table_sizes"),
+        *("table_augmentation", "figure_4", "figure_directions", "figure_normalization", "figure_biases"),
+        *("figure_probe_points", "figure_linear", "figure_flattening", "figure_noise", "figure_sizes"),
+        "figure_augmentation",
     ],
 }
 

@@ -21,6 +21,8 @@ from ngcore.graph.data import Linear, kernel_places, largest_kernel
 from ngcore.graph.neural_graph import NeuralGraph
 from ngcore.graph.wiring import Block, Group, Wiring
 
+Kind = tuple[tuple[int, ...], bool]  # what edges of a block look like: their kernel, and whether they have a weight
+
 
 @dataclass(frozen=True)
 class Frame:
@@ -33,7 +35,7 @@ class Frame:
         activations: names of the hidden neurons' activations.
         locations: places in space from which channels are flattened, each of which is told apart.
         linear: where weights without a kernel lie: at the window's centre, as of a 1x1 convolution ("convolution"), or
-            at its first place ("linear"; paper, section 2.2).
+            at its first place ("linear"; paper, section 2.2). Edges without a parameter stay at the centre.
     """
 
     window: tuple[int, ...]
@@ -175,7 +177,7 @@ class _Layouts:
     first_part: Tensor
     shape: Tensor  # (parts,) index into `shapes`
     offset: Tensor  # of a part's first weight
-    kernel: Tensor  # (parts,) index into `kernels`
+    kernel: Tensor  # (parts,) index of its kind into `kernels`
     slot: Tensor
     target_hops: Tensor
     source_hops: Tensor
@@ -330,7 +332,7 @@ def _layouts(wirings: Sequence[Wiring], frame: Frame) -> _Layouts:
     """Read once what every wiring's graphs look like."""
     columns: defaultdict[str, list[Any]] = defaultdict(list)
     shapes: dict[tuple[int, int], int] = {}
-    kernels: dict[tuple[int, ...], int] = {}
+    kernels: dict[Kind, int] = {}
     for wiring in wirings:
         columns["first_node"].append(len(columns["position"]))
         columns["first_part"].append(len(columns["shape"]))
@@ -342,8 +344,8 @@ def _layouts(wirings: Sequence[Wiring], frame: Frame) -> _Layouts:
         columns["num_parts"].append(len(columns["shape"]) - columns["first_part"][-1])
     return _Layouts(
         **{name: torch.tensor(values) for name, values in columns.items()},
-        kernels=torch.stack([_window(kernel, frame) for kernel in kernels]),
-        widths=torch.tensor([math.prod(kernel) for kernel in kernels]),
+        kernels=torch.stack([_window(kind, frame) for kind in kernels]),
+        widths=torch.tensor([math.prod(kernel) for kernel, _ in kernels]),
         shapes=tuple(shapes),
     )
 
@@ -366,7 +368,7 @@ def _add_parts(
     offset: int,
     hops: list[int],
     shapes: dict[tuple[int, int], int],
-    kernels: dict[tuple[int, ...], int],
+    kernels: dict[Kind, int],
 ) -> int:
     """Add a block's parts, whose numbers begin at `offset`; how many numbers it has.
 
@@ -384,7 +386,8 @@ def _add_parts(
     for part in range(block.groups):
         columns["shape"].append(shapes.setdefault((t, s), len(shapes)))
         columns["offset"].append(offset + part * t * s * width)
-        columns["kernel"].append(kernels.setdefault(block.kernel, len(kernels)))
+        kind = block.kernel, block.weight is not None
+        columns["kernel"].append(kernels.setdefault(kind, len(kernels)))
         columns["slot"].append(frame.slot(wiring.groups[block.target]) if block.weight is not None else 0)
         columns["target_hops"].append(hops[block.target])
         columns["source_hops"].append(hops[block.source])
@@ -407,10 +410,11 @@ def _hops_to_outputs(wiring: Wiring) -> list[int]:
     return hops
 
 
-def _window(kernel: tuple[int, ...], frame: Frame) -> Tensor:
-    """For every place of the flattened window, which of a kernel's numbers lies there, -1 for none."""
+def _window(kind: Kind, frame: Frame) -> Tensor:
+    """For every place of the flattened window, which of an edge's numbers lies there, -1 for none."""
+    kernel, is_weight = kind
     inside = torch.full((frame.features,), -1)
-    first = not kernel and frame.linear == "linear"
+    first = is_weight and not kernel and frame.linear == "linear"
     places = torch.zeros(1, dtype=torch.long) if first else kernel_places(kernel, frame.window)
     inside[places] = torch.arange(math.prod(kernel))
     return inside

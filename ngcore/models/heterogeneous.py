@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ngcore.graph.collection import Collection, Frame, GraphBatch
 from ngcore.models.encoder import FREQUENCIES, fourier_features
 from ngcore.models.moments import Moments
-from ngcore.models.ng_gnn import WIDTH, PNALayer
+from ngcore.models.ng_gnn import DIRECTIONS, WIDTH, PNALayer
 from ngcore.models.ng_t import EVERY, NGTLayer, Widths
 
 LAYERS = 4
@@ -316,7 +316,7 @@ class HeterogeneousNGGNN(nn.Module):
         nodes = self.encoder.nodes(batch, biases)
         messages: Messages = []
         before: dict[bool, Affine | nn.Linear | None] = {}
-        for reverse, copies in ((False, (0, 2)), (True, (1, 2))):
+        for reverse, copies in zip((False, True), DIRECTIONS["both"], strict=True):
             edges, before[reverse] = self.encoder.edges(weights, copies)
             if edges.shape[1] > WIDTH:  # cheaper to apply the map now than together with the first layer's
                 edges, before[reverse] = F.linear(edges, *before[reverse]), None

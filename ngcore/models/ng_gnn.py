@@ -237,6 +237,10 @@ class NGGNNStack(nn.Module):
         super().__init__()
         self.wiring = wiring
         every = directions_of(wiring, directions)
+        if not set(read_edges) <= set(every):
+            raise ValueError(
+                f"the head reads edges as directions 'both' have them, and {directions!r} does not: leave it at 'both'"
+            )
         features = 1 + max(copy for direction in every for copy in direction.copies)
         self.encoder = Encoder(wiring, WIDTH, WIDTH, edge_features=features, **encoding)
         needed = [*needed_directions(every, read, LAYERS), read_edges]

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from ngcore.study.tables import values_of
+from ngcore.study.tables import method_order, values_of
 
 LEVEL = 0.95
 
@@ -33,16 +33,17 @@ def differences(
         by: names in the records' configs that tell the methods apart, beside `variant` and `seed`.
 
     Returns:
-        A row per method and variant, in the order of the records: *by, variant, mean, std, seeds and, of what is over
-        the base, difference, low, high (the interval's ends; missing below two seeds) and verdict: "base", "better",
-        "worse", "inside the noise", or "one seed".
+        A row per method and variant, methods as in `tables.METHODS`, variants in the order of the records: *by,
+        variant, mean, std, seeds and, of what is over the base, difference, low, high (the interval's ends; missing
+        below two seeds) and verdict: "base", "better", "worse", "inside the noise", or "one seed".
 
     Raises:
         ValueError: a method has no base, or as `tables.summarize`.
     """
     values = values_of(records, metric=metric, scale=scale, by=(*by, "variant"))
     rows = []
-    for _, own in values.groupby(list(by), sort=False):
+    groups = sorted(values.groupby(list(by), sort=False), key=lambda pair: _place(by, pair[0]))
+    for _, own in groups:
         of_base = own[own["variant"] == base].set_index("seed")["value"]
         if of_base.empty:
             raise ValueError(f"{', '.join(map(str, own.iloc[0][list(by)]))} has no runs of the variant {base!r}")
@@ -53,6 +54,25 @@ def differences(
             rows.append(row | (_difference(found - of_base) if variant != base else {"verdict": "base"}))
     columns = [*by, "variant", "mean", "std", "seeds", "difference", "low", "high", "verdict"]
     return pd.DataFrame(rows).reindex(columns=columns)
+
+
+def _place(by: Sequence[str], key: tuple[Any, ...]) -> list[Any]:
+    return [method_order(value) if name == "method" else value for name, value in zip(by, key, strict=True)]
+
+
+def conclusion(table: pd.DataFrame, unit: str, decimals: int = 1) -> str:
+    """The table of `differences` in a sentence per row that is no base: how far, and whether that is noise."""
+    told = {
+        "better": "better than the base",
+        "worse": "worse than the base",
+        "inside the noise": "inside the noise",
+        "one seed": "one seed, which tells nothing about noise",
+    }
+    lines = []
+    for row in table[table["verdict"] != "base"].to_dict("records"):
+        name = ", ".join(str(value) for column, value in row.items() if column in ("dataset", "method", "probes"))
+        lines.append(f"{name}: {row['variant']}: {row['difference']:+.{decimals}f} {unit}, {told[row['verdict']]}")
+    return "\n".join(lines)
 
 
 def _difference(paired: pd.Series) -> dict[str, Any]:

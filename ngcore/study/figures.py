@@ -236,18 +236,33 @@ def variants(table: pd.DataFrame, ax: Axes, *, base: str, xlabel: str) -> None:
         ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
-def equal_fit(records: Sequence[Mapping[str, Any]], ax: Axes) -> None:
-    """Test loss against training loss, a line per run and a point per epoch; records of `tasks.loss_curves`."""
-    seen: dict[str, str] = {}
+def loss_curves(records: Sequence[Mapping[str, Any]], axes: Sequence[Axes] | np.ndarray) -> None:
+    """Left, training (dashed) and test loss (solid) along the epochs, means over seeds; right, one against the other.
+
+    Args:
+        records: of `tasks.loss_curves`.
+    """
+    methods: dict[str, list[Mapping[str, Any]]] = {}
     for record in sorted(records, key=lambda record: method_order(record["config"]["method"])):
-        method, metrics = record["config"]["method"], record["metrics"]
-        marker = seen.setdefault(method, _MARKERS[len(seen) % len(_MARKERS)])
-        label = method if record["config"]["seed"] == 0 else None
-        ax.plot(metrics["fitted"], metrics["tested"], color=_colour(method), marker=marker, markersize=4, label=label)
-    ax.axline((1.0, 1.0), slope=1, color="grey", linestyle="dotted", zorder=0)
-    ax.set_xlabel("Training loss (nats)")
-    ax.set_ylabel("Test loss (nats)")
-    ax.legend()
+        probes = record["config"]["probes"]
+        name = f"{record['config']['method']}, {probes} probes" if probes else record["config"]["method"]
+        methods.setdefault(name, []).append(record)
+    along, against = axes
+    for i, (name, own) in enumerate(methods.items()):
+        colour, marker = _colour(own[0]["config"]["method"]), _MARKERS[i % len(_MARKERS)]
+        for quantity, line in (("tested", "solid"), ("fitted", "dashed")):
+            mean = np.mean([record["metrics"][quantity] for record in own], axis=0)
+            label = f"{name}: {'test' if quantity == 'tested' else 'training'}"
+            along.plot(np.arange(1, len(mean) + 1), mean, color=colour, linestyle=line, label=label)
+        for record in own:
+            metrics, label = record["metrics"], name if record is own[0] else None
+            against.plot(metrics["fitted"], metrics["tested"], color=colour, marker=marker, markersize=4, label=label)
+    against.axline((1.0, 1.0), slope=1, color="grey", linestyle="dotted", zorder=0)
+    along.set(xlabel="Epoch", ylabel="Loss (nats)")
+    along.xaxis.set_major_locator(MaxNLocator(integer=True))
+    against.set(xlabel="Training loss (nats)", ylabel="Test loss (nats)")
+    for ax in axes:
+        ax.legend()
 
 
 def curves(table: pd.DataFrame, ax: Axes, quantity: str, *, xlabel: str, ylabel: str) -> None:
@@ -370,13 +385,15 @@ def write_readme(directory: Path, records: Sequence[Mapping[str, Any]], profile:
         return ", ".join(sorted({str(environment[name]) for environment in environments}))
 
     seeds = sorted({record["config"]["seed"] for record in records})
-    hours = sum(environment["train_seconds"] for environment in environments) / 3600
+    # an ablation's record is of a run, `run`, that other records may be of too
+    runs = {record["metrics"].get("run", record["hash"]): record["environment"]["train_seconds"] for record in records}
+    hours = sum(runs.values()) / 3600
     lines = [
         f"# Tables and figures of the profile `{profile}`",
         "",
         f"Made by `./run_all.sh --profile {profile}`, redrawn by `./run_all.sh figures --profile {profile}`.",
         "",
-        f"- runs: {len(records)}, seeds {', '.join(map(str, seeds))}",
+        f"- runs: {len(runs)}, seeds {', '.join(map(str, seeds))}",
         f"- training time, summed over the runs: {hours:.1f} hours",
         f"- device: {every('device')}",
         f"- PyTorch {every('torch')}, Python {every('python')}, ngcore at {every('commit')}",

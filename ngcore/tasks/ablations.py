@@ -16,6 +16,8 @@ from ngcore.study.runs import Record, run_hash
 from ngcore.tasks import generalization, inr_classification
 
 RUN = {"inr_classification": inr_classification.run, "generalization": generalization.run}
+# The sum of two Fourier frequencies, which "both" has, has this deviation: variants with one get it too.
+SIGMA = 3.0 * 2**0.5
 ORDER = Augmentation(translate=0.0, rotate=0.0, zoom=0.0, weight_dropout=0.0, permute=True)  # of neurons, and no more
 
 # question -> variant -> what differs from the full model: options of the model, or fields of the config
@@ -24,10 +26,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "activation embeddings": {"with": {}, "without": {"activations": False}},
     "directions": {
         "both, with their sum": {},
-        "both, without their sum": {"directions": "without_sum"},
-        "the sum alone": {"directions": "sum"},
-        "forward": {"directions": "forward"},
-        "reversed": {"directions": "reversed"},
+        "both, without their sum": {"directions": "without_sum", "sigma": SIGMA},
+        "the sum alone (undirected)": {"directions": "sum", "sigma": SIGMA},
+        "forward": {"directions": "forward", "sigma": SIGMA},
+        "reversed": {"directions": "reversed", "sigma": SIGMA},
     },
     "normalization": {
         "per layer": {},

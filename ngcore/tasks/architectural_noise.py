@@ -6,10 +6,12 @@ of whose neurons some were left out. The networks' accuracies are what they were
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -42,13 +44,19 @@ def skips_rewired(network: Network, share: float, random: np.random.Generator) -
 
 
 def neurons_left_out(network: Network, share: float, random: np.random.Generator) -> Network:
-    """A share of every convolution's neurons is missing, with all their weights; at least one is left."""
+    """Every neuron is missing with a probability, with all its weights; at least one of a layer is left.
+
+    The same numbers are missing in every convolution, so that skip connections, which join equal numbers, join what
+    they joined.
+    """
     architecture, state = network
     state, channels = dict(state), list(architecture.channels)
     layers = len(architecture.residual)
+    numbers = random.random(max(channels)) >= share
+    numbers[random.integers(min(channels[1:]))] = True
     for i in range(layers):
         count = channels[i + 1]
-        kept = torch.tensor(np.sort(random.permutation(count)[: max(1, round((1 - share) * count))]))
+        kept = torch.tensor(np.flatnonzero(numbers[:count]))
         following = f"layers.{i + 1}.weight" if i + 1 < layers else "fc.weight"
         for name in (f"layers.{i}.weight", f"layers.{i}.bias"):
             state[name] = state[name][kept]
@@ -63,6 +71,7 @@ NOISES: dict[str, Callable[[Network, float, np.random.Generator], Network]] = {
     "skips rewired": skips_rewired,
     "neurons left out": neurons_left_out,
 }
+SHARES = {"skips removed": (1.0,), "skips rewired": (1.0,), "neurons left out": (0.1, 0.25, 0.5)}  # that are tried
 
 
 @dataclass(frozen=True)
@@ -95,7 +104,8 @@ class Config:
 
 
 def run(config: Config, on_epoch: Callable[[int, Record], None] = lambda epoch, scores: None) -> Record:
-    """Metrics `tau`, on all test networks, and `skips`, the mean number of their skip connections as described.
+    """Metrics: `tau` on the test networks whose descriptions differ, `tau_as_they_are` on the same networks, and
+    `changed`, how many of them there are.
 
     The model is trained if it is not stored yet; the result is stored.
     """
@@ -109,20 +119,30 @@ def run(config: Config, on_epoch: Callable[[int, Record], None] = lambda epoch, 
     model.load_state_dict(StoredRun.of(config.of, networks.digest, cache_directory()).weights())
     rows = generalization.rows_of(networks, config.of.split)[f"test_{config.dataset}"]
     random = np.random.default_rng(config.seed)
-    altered = [NOISES[config.noise](network, config.share, random) for network in described(networks, rows)]
+    pairs = [(network, NOISES[config.noise](network, config.share, random)) for network in described(networks, rows)]
+    differs = [known[0] != altered[0] for known, altered in pairs]
+    if not any(differs):
+        raise ValueError(f"{config.noise!r} with share {config.share} changes none of {len(rows)} test networks")
+    table = networks.table.iloc[rows[torch.tensor(differs)].numpy()].reset_index(drop=True)
+    true = torch.tensor(generalization.targets_of(table, config.of.target))
+    metrics: dict[str, Any] = {"changed": len(table)}
+    for name, which in (("tau_as_they_are", 0), ("tau", 1)):
+        some = [pair[which] for pair, own in zip(pairs, differs, strict=True) if own]
+        shown = alone(some, table, networks)
+        chunk = generalization.CHUNK.get(config.method)
+        inputs = generalization.METHODS[config.method][1](shown)
+        found = generalization.predict(model, inputs, shown.collection.sizes, torch.arange(len(some)), chunk)
+        metrics[name] = generalization.tau(found, true)
+    return stored.finish(metrics, {}, environment("cpu") | {"train_seconds": 0.0})
+
+
+def alone(some: Sequence[Network], table: pd.DataFrame, of: Networks) -> Networks:
+    """These networks, each with a graph of its own, in the frame of others."""
     graphs = tuple(
         wiring_of(architecture).graph({name: values.unsqueeze(0) for name, values in state.items()})
-        for architecture, state in altered
+        for architecture, state in some
     )
-    table = networks.table.iloc[rows.numpy()].reset_index(drop=True)
-    noisy = Networks(table, tuple(architecture for architecture, _ in altered), graphs, networks.digest, networks.frame)
-    inputs = generalization.METHODS[config.method][1](noisy)
-    every, chunk = torch.arange(len(rows)), generalization.CHUNK.get(config.method)
-    found = generalization.predict(model, inputs, noisy.collection.sizes, every, chunk)
-    true = torch.tensor(generalization.targets_of(table, config.of.target))
-    skips = [earlier >= 0 for architecture, _ in altered for earlier in architecture.residual]
-    metrics = {"tau": generalization.tau(found, true), "skips": sum(skips) / len(altered)}
-    return stored.finish(metrics, {}, environment("cpu") | {"train_seconds": 0.0})
+    return Networks(table, tuple(architecture for architecture, _ in some), graphs, of.digest, of.frame)
 
 
 def described(networks: Networks, rows: Int[Tensor, " networks"]) -> list[Network]:

@@ -129,8 +129,13 @@ BIASES = {"feature": WIRING, "node": bias_nodes(WIRING)}
 
 
 def build_model(method: str, probes: int = 0, *, biases: str = "feature", **options: Any) -> nn.Module:
-    """A metanetwork by the name of its method, for graphs whose biases stand as `BIASES` says; raises as
-    `inr_sets.build`."""
+    """A metanetwork by the name of its method, for graphs whose biases stand as `BIASES` says.
+
+    Raises:
+        ValueError: `biases` is none of these, or as of `inr_sets.build`.
+    """
+    if biases not in BIASES:
+        raise ValueError(f"biases is one of {', '.join(BIASES)}, not {biases!r}")
     return build(METHODS, method, probes, BIASES[biases], CLASSES, **options)
 
 

@@ -50,7 +50,8 @@ def run(config: Config, on_epoch: Callable[[int, Record], None] = lambda epoch, 
 def gap_at_equal_fit(record: Record, other: Record) -> float:
     """How much higher the test loss of `other` is where both have the same training loss.
 
-    Between epochs losses are taken as linear. The gap is the mean over the training losses that both had.
+    A model's test loss is interpolated between its two epochs whose training losses are nearest. The gap is the mean
+    over the range of training losses in which both models have epochs.
 
     Returns:
         NaN where there are none.
