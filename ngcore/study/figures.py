@@ -257,7 +257,8 @@ def loss_curves(records: Sequence[Mapping[str, Any]], axes: Sequence[Axes] | np.
         for record in own:
             metrics, label = record["metrics"], name if record is own[0] else None
             against.plot(metrics["fitted"], metrics["tested"], color=colour, marker=marker, markersize=4, label=label)
-    against.axline((1.0, 1.0), slope=1, color="grey", linestyle="dotted", zorder=0)
+    ends = [value for r in records for quantity in ("fitted", "tested") for value in r["metrics"][quantity]]
+    against.plot([min(ends), max(ends)], [min(ends), max(ends)], color="grey", linestyle="dotted", zorder=0)
     along.set(xlabel="Epoch", ylabel="Loss (nats)")
     along.xaxis.set_major_locator(MaxNLocator(integer=True))
     against.set(xlabel="Training loss (nats)", ylabel="Test loss (nats)")
