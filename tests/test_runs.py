@@ -127,6 +127,10 @@ def test_one_failing_run_does_not_lose_the_others(cache):
     assert (stored_run(cache) / "result.json").exists()
 
 
+def test_no_runs_are_no_work():
+    assert execute_all(task.run, []) == []
+
+
 def test_a_diverging_run_is_named_and_keeps_its_checkpoint(cache, monkeypatch):
     losses = []
 

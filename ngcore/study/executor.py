@@ -49,6 +49,8 @@ def execute_all(run: Run, configs: Sequence[Any], *, workers: int | None = None)
     Raises:
         RunsFailed: after all runs have ended; it names every config that failed, and why.
     """
+    if not configs:
+        return []
     gpu = torch.cuda.is_available()
     workers = min(len(configs), workers or (1 if gpu else torch.get_num_threads()))
     threads = max(1, torch.get_num_threads() // max(1, workers))
