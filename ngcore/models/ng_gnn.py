@@ -199,14 +199,15 @@ def first_edges(
     weights: Float[Tensor, "batch targets sources 1"],
     frequencies: Float[Tensor, "features k"] | None,
     affine: tuple[Tensor, Tensor],
-    direction: Direction,
+    reverse: bool,
+    copies: tuple[int, ...],
 ) -> Float[Tensor, "batch _ _ 64"]:
-    """First states of a block's edges, of whose features some are the weight and the others 0."""
-    values = weights.transpose(1, 2) if direction.reverse else weights
+    """First states of a block's edges, of whose features those of the numbers `copies` are the weight, the others 0."""
+    values = weights.transpose(1, 2) if reverse else weights
     weight, bias = affine
     if frequencies is None:  # a Linear of copies of w is one of w
-        return F.linear(values, sum(weight[:, copy, None] for copy in direction.copies), bias)
-    return F.linear(fourier_features(values, sum(frequencies[copy] for copy in direction.copies)), weight, bias)
+        return F.linear(values, sum(weight[:, copy, None] for copy in copies), bias)
+    return F.linear(fourier_features(values, sum(frequencies[copy] for copy in copies)), weight, bias)
 
 
 class NGGNNStack(nn.Module):
@@ -272,7 +273,7 @@ class NGGNNStack(nn.Module):
         nodes = self.encoder.nodes(graph, standardized).split([group.size for group in self.wiring.groups], dim=1)
         weights, affine = standardized.edges, self.encoder.edge_affine()
         edges = tuple(
-            self.first_edges(weights[d.block], self.encoder.edge_frequencies, affine, d)
+            self.first_edges(weights[d.block], self.encoder.edge_frequencies, affine, d.reverse, d.copies)
             for d in self.layers[0].directions
         )
         before = None
