@@ -107,16 +107,18 @@ def test_meta_training_teaches():
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
 
-def test_networks_side_by_side_average_their_gradients():
+def test_networks_are_trained_on_in_turns():
     task = TINY.task("validation")
     training = MetaTraining(config_of("FF", networks=2, horizon=12), task)
     assert [learner.age for learner in training.learners] == [0, 6]
     assert training.outer_step(0) == pytest.approx(math.log(10), abs=0.2)
-    assert [learner.age for learner in training.learners] == [3, 9]
-    first = training.learners[1].network
-    training.outer_step(1)
-    training.outer_step(2)
-    assert training.learners[1].network is not first
+    assert [learner.age for learner in training.learners] == [3, 6]
+    first, second = (learner.network for learner in training.learners)
+    for step in range(1, 6):  # the second network is at 9, 12 and then given up
+        training.outer_step(step)
+    assert training.learners[0].network is first
+    assert training.learners[1].network is not second
+    assert [learner.age for learner in training.learners] == [9, 3]
     assert training.started == 3
 
 

@@ -48,7 +48,7 @@ class Config:
         outer_steps: steps of Adam on the optimizer's own weights.
         inner_steps: steps of the network between them, through which gradients pass.
         horizon: steps after which a network is given up and a new one begins.
-        networks: that are trained side by side, at ages spread over the horizon; their gradients are averaged.
+        networks: that are under way, at ages spread over the horizon; outer steps train them on in turns.
         learning_rate: of the outer Adam.
         clip: largest norm of the outer gradient.
         validate_every: outer steps between validations.
@@ -148,7 +148,7 @@ class MetaTraining:
         return BoundOptimizer(self.rule, dict(network.named_parameters()), self.layout)
 
     def outer_step(self, step: int) -> float:
-        """One step of Adam; the mean loss of the unrolls.
+        """One step of Adam; the mean loss of the unroll.
 
         Raises:
             DivergedError: a gradient, of a network or of the optimizer, is not finite.
@@ -156,22 +156,20 @@ class MetaTraining:
         config = self.config
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         torch.manual_seed(config.seed * 1_000_003 + step)  # what networks draw themselves, e.g. dropout
+        turn = step % config.networks
+        if self.learners[turn].age >= config.horizon:
+            self.learners[turn] = self.new_learner()
+        try:
+            features, gradients, losses = unroll(self.task, self.learners[turn], config.inner_steps, generator)
+        except FloatingPointError as error:
+            raise DivergedError(f"outer step {step} of {config.method}: {error}") from error
         self.outer.zero_grad()
-        total = 0.0
-        for i, learner in enumerate(self.learners):
-            if learner.age >= config.horizon:
-                learner = self.learners[i] = self.new_learner()
-            try:
-                features, gradients, losses = unroll(self.task, learner, config.inner_steps, generator)
-            except FloatingPointError as error:
-                raise DivergedError(f"outer step {step} of {config.method}: {error}") from error
-            meta_backward(self.rule, self.layout, features, gradients / config.networks, self.chunk)
-            total += losses.mean().item() / config.networks
+        meta_backward(self.rule, self.layout, features, gradients, self.chunk)
         norm = nn.utils.clip_grad_norm_(self.rule.parameters(), config.clip)
         if not torch.isfinite(norm):
             raise DivergedError(f"outer step {step} of {config.method}: the gradient of its own weights is not finite")
         self.outer.step()
-        return total
+        return losses.mean().item()
 
     def validate(self) -> float:
         """Accuracy on validation images of a network that the optimizer trains; 0 where that diverges."""
