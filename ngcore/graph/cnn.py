@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import get_args
 
 from ngcore.graph.data import Flatten
 from ngcore.graph.spaces import Space, cut, product_of, unify
@@ -37,7 +38,8 @@ def cnn(
             for every location ("repeat").
 
     Raises:
-        ValueError: the lengths disagree, or a convolution would add one that is not before the last.
+        ValueError: the lengths disagree, a convolution would add one that is not before the last, `pool` is below 1 or
+            `flatten` unknown.
     """
     layers = len(channels) - 1
     if layers < 1 or {len(kernel_size), len(activation), len(residual)} != {layers}:
@@ -45,6 +47,8 @@ def cnn(
             f"{len(channels)} numbers of channels need {layers} kernel sizes, activations and residuals, got "
             f"{len(kernel_size)}, {len(activation)} and {len(residual)}"
         )
+    if pool < 1 or flatten not in get_args(Flatten):
+        raise ValueError(f"pool is at least 1 and flatten one of {get_args(Flatten)}, got {pool} and {flatten!r}")
     groups = [Group(channels[0], "input", 0)]
     blocks: list[Block] = []
     spaces = [Space(channels[0], pinned=True)]

@@ -178,6 +178,7 @@ class Encoder(nn.Module):
     Args:
         edge_features: scalars per edge: 3 for [e, eᵀ, e + eᵀ], 1 for e alone.
         sigma: standard deviation of the Fourier frequencies; None for a Linear of the scalars themselves.
+        edge_sigma: that of edges, where it is another.
         probes: number of probe points (paper, section 2.4), 0 for none.
         probing: where they are, as of `ProbeFeatures`.
         positions: give nodes their positional embeddings (paper, section 2.4).
@@ -192,6 +193,7 @@ class Encoder(nn.Module):
         *,
         edge_features: int,
         sigma: float | None,
+        edge_sigma: float | None = None,
         probes: int = 0,
         probing: str = "learned",
         positions: bool = True,
@@ -199,8 +201,8 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         self.standardize = Standardize(wiring, normalization)
-        for kind, scalars in (("node", 1), ("edge", edge_features)):
-            frequencies = None if sigma is None else torch.randn(scalars, FREQUENCIES) * sigma
+        for kind, scalars, own in (("node", 1, sigma), ("edge", edge_features, edge_sigma or sigma)):
+            frequencies = None if sigma is None else torch.randn(scalars, FREQUENCIES) * own
             self.register_buffer(f"{kind}_frequencies", frequencies)
         self.node_fourier = nn.Linear(1 if sigma is None else 2 * FREQUENCIES, node_width)
         self.edge_fourier = nn.Linear(edge_features if sigma is None else 2 * FREQUENCIES, edge_width)

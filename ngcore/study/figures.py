@@ -211,24 +211,23 @@ def step_curves(
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
-def variants(table: pd.DataFrame, ax: Axes, *, base: str, xlabel: str) -> None:
-    """A row per variant, from top to bottom, a point per method with one standard deviation over seeds.
+def variants(table: pd.DataFrame, ax: Axes, *, xlabel: str) -> None:
+    """How far every variant is from the base, which stands at 0: a row per variant, a point per method.
 
     Args:
-        table: of `comparison.differences`; columns method, variant, mean, std.
-        base: the variant at which every method's faint line stands.
+        table: of `comparison.differences`; columns method, variant, difference, low, high, the last two of the bars.
+        xlabel: should say what the bars are.
     """
     names = list(dict.fromkeys(table["variant"]))
     methods = sorted(table["method"].unique(), key=method_order)
     for i, method in enumerate(methods):
         rows = table[table["method"] == method]
         shift = 0.5 * (i - (len(methods) - 1) / 2) / len(methods)
-        marker, colour = _MARKERS[i % len(_MARKERS)], _colour(method)
-        y = rows["variant"].map(names.index) + shift
-        error = rows["std"].fillna(0)
-        ax.errorbar(rows["mean"], y, xerr=error, color=colour, marker=marker, linestyle="", capsize=3, label=method)
-        for reference in rows.loc[rows["variant"] == base, "mean"]:
-            ax.axvline(reference, color=colour, linestyle="dashed", alpha=0.4, zorder=0)
+        x, y = rows["difference"].fillna(0), rows["variant"].map(names.index) + shift
+        bars = [(x - rows["low"]).fillna(0), (rows["high"] - x).fillna(0)]
+        marker = _MARKERS[i % len(_MARKERS)]
+        ax.errorbar(x, y, xerr=bars, color=_colour(method), marker=marker, linestyle="", capsize=3, label=method)
+    ax.axvline(0, color="0.4", linestyle="dotted", zorder=0)
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.set_xlabel(xlabel)

@@ -38,6 +38,11 @@ _HEADINGS = {
     "variant": "Variant",
     "difference": "Difference, 95 % interval",
     "verdict": "Verdict",
+    "noise": "Description",
+    "changed": "Networks changed",
+    "train": "Training INRs",
+    "epochs": "Epochs",
+    "other": "Other method",
     "step_ms": "Step (ms)",
     "of_task": "Share of the network's pass",
     "of_adam": "Steps of Adam",
@@ -49,7 +54,10 @@ _HEADINGS = {
 }
 
 # Columns of words, which stand at the left, and those whose every combination has a best value of its own.
-_WORDS = ("dataset", "method", "loss", "trained_on", "tested_on", "split", "target", "variation", "variant", "verdict")
+_WORDS = (
+    *("dataset", "method", "loss", "trained_on", "tested_on", "split", "target", "variation", "variant", "verdict"),
+    *("noise", "other"),
+)
 _APART = ("dataset", "split", "tested_on", "target", "variation")
 
 _LATEX = {

@@ -16,8 +16,8 @@ from ngcore.study.runs import Record, run_hash
 from ngcore.tasks import generalization, inr_classification
 
 RUN = {"inr_classification": inr_classification.run, "generalization": generalization.run}
-# The sum of two Fourier frequencies, which "both" has, has this deviation: variants with one get it too.
-SIGMA = 3.0 * 2**0.5
+# Edges of "both" have the sum of two Fourier frequencies, which has this deviation: variants with one get it too.
+EDGE_SIGMA = 3.0 * 2**0.5
 ORDER = Augmentation(translate=0.0, rotate=0.0, zoom=0.0, weight_dropout=0.0, permute=True)  # of neurons, and no more
 
 # question -> variant -> what differs from the full model: options of the model, or fields of the config
@@ -26,10 +26,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "activation embeddings": {"with": {}, "without": {"activations": False}},
     "directions": {
         "both, with their sum": {},
-        "both, without their sum": {"directions": "without_sum", "sigma": SIGMA},
-        "the sum alone (undirected)": {"directions": "sum", "sigma": SIGMA},
-        "forward": {"directions": "forward", "sigma": SIGMA},
-        "reversed": {"directions": "reversed", "sigma": SIGMA},
+        "both, without their sum": {"directions": "without_sum", "edge_sigma": EDGE_SIGMA},
+        "the sum alone (undirected)": {"directions": "sum", "edge_sigma": EDGE_SIGMA},
+        "forward": {"directions": "forward", "edge_sigma": EDGE_SIGMA},
+        "reversed": {"directions": "reversed", "edge_sigma": EDGE_SIGMA},
     },
     "normalization": {
         "per layer": {},
@@ -100,6 +100,8 @@ def record_of(question: str, variant: str, record: Record) -> Record:
     of = record["config"]
     shown = {name: of[name] for name in ("dataset", "method", "seed", "probes") if name in of}
     config = {"task": "ablations", **shown, "question": question, "variant": variant}
+    if "data" in of and "train" in of["data"]:
+        config |= {"train": of["data"]["train"], "epochs": of["schedule"]["epochs"]}
     config["of"] = {name: value for name, value in of.items() if name != "seed"}
     metrics = {name: value for name, value in record["metrics"].items() if isinstance(value, int | float)}
     return {

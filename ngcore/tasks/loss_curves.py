@@ -68,7 +68,8 @@ def gap_at_equal_fit(record: Record, other: Record) -> float:
 
 
 def gaps(records: Sequence[Record], method: str, other: str) -> pd.DataFrame:
-    """`gap_at_equal_fit` of two methods: one row with mean, std, seeds and the ends low, high of Student's interval.
+    """`gap_at_equal_fit` of two methods: one row with their mean as `difference`, the ends low and high of Student's
+    interval, and seeds.
 
     `seeds` counts those at which both had the same training loss at some time; without any the numbers are missing.
     """
@@ -78,5 +79,5 @@ def gaps(records: Sequence[Record], method: str, other: str) -> pd.DataFrame:
     seeds = sorted(by_seed[method].keys() & by_seed[other].keys())
     found = pd.Series([gap_at_equal_fit(by_seed[method][s], by_seed[other][s]) for s in seeds], dtype=float).dropna()
     half = stats.t.ppf((1 + LEVEL) / 2, len(found) - 1) * found.sem() if len(found) > 1 else float("nan")
-    row = {"method": method, "other": other, "mean": found.mean(), "std": found.std(), "seeds": len(found)}
-    return pd.DataFrame([row | {"low": found.mean() - half, "high": found.mean() + half}])
+    row = {"method": method, "other": other, "difference": found.mean(), "low": found.mean() - half}
+    return pd.DataFrame([row | {"high": found.mean() + half, "seeds": len(found)}])
