@@ -230,6 +230,7 @@ def variants(table: pd.DataFrame, ax: Axes, *, xlabel: str) -> None:
     ax.axvline(0, color="0.4", linestyle="dotted", zorder=0)
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.xaxis.set_major_locator(MaxNLocator(5))
     ax.set_xlabel(xlabel)
     if len(methods) > 1:
         ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
