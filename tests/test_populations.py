@@ -320,7 +320,8 @@ def test_a_killed_generator_goes_on_where_it_was(tmp_path, threads):
     paths = os.pathsep.join([str(Path(__file__).parent), str(Path(populations.__file__).parents[2])])
     process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": paths})
     try:
-        wait_for((tmp_path / "stopped").exists)
+        whole = [tmp_path / name for name in ("stopped", "part0.safetensors", "part1.safetensors")]
+        wait_for(lambda: all(path.exists() for path in whole))
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
