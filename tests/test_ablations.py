@@ -131,11 +131,6 @@ def test_every_network_gets_an_order_of_its_own():
     for order in orders:
         assert sorted(order.tolist()) == list(range(32))
     assert len({tuple(order.tolist()) for order in orders}) == 6
-    later = [
-        torch.equal(new, old[:, order])  # the next layer's sources have the same order, and targets one of their own
-        for old, new, order in zip(state["layers.1.weight"], found["layers.1.weight"], orders, strict=True)
-    ]
-    assert not any(later)
 
 
 # Each row keeps some edges and, of [e, eᵀ, e + eᵀ], some features of the plain form.

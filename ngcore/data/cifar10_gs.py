@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -40,6 +41,8 @@ class Recipe:
     Raises:
         ValueError: a number is below 1, or the seed below 0.
     """
+
+    dataset: ClassVar[str] = "cifar10_gs"
 
     train_images: int
     test_images: int

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from scipy import stats
 
@@ -75,12 +74,20 @@ def conclusion(table: pd.DataFrame, unit: str, decimals: int = 1) -> str:
     return "\n".join(lines)
 
 
+def interval(values: pd.Series) -> tuple[float, float]:
+    """Ends of Student's interval for the mean; NaN below two values."""
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    half = stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * values.sem()
+    return values.mean() - half, values.mean() + half
+
+
 def _difference(paired: pd.Series) -> dict[str, Any]:
     """Mean and interval of the differences of the seeds that both have."""
     found = paired.dropna()
+    mean, (low, high) = found.mean(), interval(found)
     if len(found) < 2:
-        return {"difference": found.mean(), "verdict": "one seed"}
-    half = stats.t.ppf((1 + LEVEL) / 2, len(found) - 1) * found.std() / np.sqrt(len(found))
-    mean = found.mean()
-    verdict = "inside the noise" if abs(mean) <= half else "better" if mean > 0 else "worse"
-    return {"difference": mean, "low": mean - half, "high": mean + half, "verdict": verdict}
+        verdict = "one seed"
+    else:
+        verdict = "inside the noise" if low <= 0 <= high else "better" if mean > 0 else "worse"
+    return {"difference": mean, "low": low, "high": high, "verdict": verdict}

@@ -8,10 +8,9 @@ from dataclasses import dataclass, fields
 import numpy as np
 import pandas as pd
 import torch.nn.functional as F
-from scipy import stats
 
 from ngcore.data.inrs import INRSet
-from ngcore.study.comparison import LEVEL
+from ngcore.study.comparison import interval
 from ngcore.study.runs import Record
 from ngcore.tasks import inr_classification
 
@@ -78,6 +77,6 @@ def gaps(records: Sequence[Record], method: str, other: str) -> pd.DataFrame:
     }
     seeds = sorted(by_seed[method].keys() & by_seed[other].keys())
     found = pd.Series([gap_at_equal_fit(by_seed[method][s], by_seed[other][s]) for s in seeds], dtype=float).dropna()
-    half = stats.t.ppf((1 + LEVEL) / 2, len(found) - 1) * found.sem() if len(found) > 1 else float("nan")
-    row = {"method": method, "other": other, "difference": found.mean(), "low": found.mean() - half}
-    return pd.DataFrame([row | {"high": found.mean() + half, "seeds": len(found)}])
+    low, high = interval(found)
+    row = {"method": method, "other": other, "difference": found.mean(), "low": low, "high": high, "seeds": len(found)}
+    return pd.DataFrame([row])

@@ -44,7 +44,7 @@ class Zoo:
 
     @property
     def dataset(self) -> str:
-        return "cifar10_gs" if isinstance(self.recipe, cifar10_gs.Recipe) else self.recipe.dataset
+        return self.recipe.dataset
 
     def population(self, *, workers: int | None = None, compiled: bool = False) -> Population:
         """The networks; trained where they are not stored yet.
