@@ -91,8 +91,10 @@ def test_targets_lie_within_0_and_1_and_keep_the_order():
 
 
 def test_activations_can_be_hidden():
-    names = {group.activation for graph in zoos.load((SMALL,), True).graphs for group in graph.wiring.groups}
+    networks = zoos.load((SMALL,), True)
+    names = {group.activation for graph in networks.graphs for group in graph.wiring.groups}
     assert names == {"identity", "relu"}  # the output's, and everybody's
+    assert {name for architecture in networks.architectures for name in architecture.activation} == {"relu"}
     names = {group.activation for graph in zoos.load((SMALL,)).graphs for group in graph.wiring.groups}
     assert names == {"identity", "relu", "tanh"}
 

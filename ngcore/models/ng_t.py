@@ -6,11 +6,13 @@ relational transformer (Diao & Loynd 2023), rearranged so that as little as poss
 - scores: with q = q_i + Q e_ij and k = k_j + K e_ij, q·k = q_i·k_j + e_ij·(Kᵀq_i + Qᵀk_j + QᵀK e_ij), one product
   of the pair's state by QᵀK instead of two by Q and K;
 - values: Σ_j a_ij (S e_ij ⊙ v_j + T e_ij) = Σ_j a_ij (S e_ij ⊙ v_j) + T Σ_j a_ij e_ij;
+- the first layer's pairs that no weight joins, three of four in an INR, share one state, about which it is expanded;
 - the last layer is computed for the rows that the head reads alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -38,6 +40,10 @@ class Widths(NamedTuple):
 WIDTHS = Widths()  # of the paper's experiments on INRs
 
 
+Pairs = tuple[slice, slice]  # rows (targets) and columns (sources) of the pairs of nodes
+EVERY = slice(None)
+
+
 class RelationalAttention(nn.Module):
     """Attention in which pairs of nodes have states of their own, up to and including its output Linears."""
 
@@ -58,33 +64,76 @@ class RelationalAttention(nn.Module):
     ) -> Float[Tensor, "batch rows node"]:
         """What the nodes `rows` gather from all nodes, or from those that are `present`; `edges` are the pairs of
         these rows."""
-        query, key, value = self.node_qkv(nodes).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        query = query[:, rows]
-        edge_query, edge_key, shift, scale = self.edge_qkss.weight.unflatten(0, (4, self.heads, -1))
-        mixed = torch.einsum("hdc,hde->hce", edge_query, edge_key).flatten(0, 1)  # QᵀK of every head
-        products = F.linear(edges, torch.cat([mixed, scale.flatten(0, 1)]))
-        # per head, of an edge's width and of a head's
-        bilinear, scaled = products.split([mixed.shape[0], scale.shape[0] * scale.shape[1]], dim=-1)
-        bilinear, scaled = bilinear.unflatten(-1, (self.heads, -1)), scaled.unflatten(-1, (self.heads, -1))
-
-        from_query = torch.einsum("brhd,hdc->brhc", query, edge_key)
-        from_key = torch.einsum("bnhd,hdc->bnhc", key, edge_query)
-        relational = bilinear + from_query.unsqueeze(2) + from_key.unsqueeze(1)
-        scores = (relational * edges.unsqueeze(3)).sum(-1) + torch.einsum("brhd,bnhd->brnh", query, key)
+        mixed, shift, scale = self.edge_maps()
+        scores, from_query, from_key, value = self.node_terms(nodes, rows)
+        scores = scores + self.relational(edges, mixed, from_query, from_key)
         if present is not None:
             scores = scores.masked_fill(~present[:, None, :, None], -torch.inf)
         attention = (scores * scale.shape[1] ** -0.5).softmax(dim=2)
+        return self.output(self.gathered(attention, edges, value, shift, scale))
 
-        gathered = (attention.unsqueeze(-1) * scaled * value.unsqueeze(1)).sum(2)
+    def of_blocks(
+        self,
+        nodes: Float[Tensor, "batch n node"],
+        common: Float[Tensor, " edge"],
+        blocks: Sequence[tuple[Pairs, Float[Tensor, "batch _ _ edge"]]],
+    ) -> Float[Tensor, "batch n node"]:
+        """The same for pairs that all have one state c, those of some blocks c + d: most pairs cost next to nothing.
+
+        Scores and values are expanded about c: (c + d)·M(c + d) = c·Mc + d·(Md + (M + Mᵀ)c), what else there is is
+        linear.
+        """
+        mixed, shift, scale = self.edge_maps()
+        scores, from_query, from_key, value = self.node_terms(nodes, EVERY)
+        scores = (
+            scores + (from_query @ common).unsqueeze(2) + (from_key @ common).unsqueeze(1) + mixed @ common @ common
+        )
+        from_query = from_query + (mixed + mixed.mT) @ common
+        for (rows, columns), own in blocks:
+            scores[:, rows, columns] += self.relational(own, mixed, from_query[:, rows], from_key[:, columns])
+        attention = (scores * scale.shape[1] ** -0.5).softmax(dim=2)
+
+        gathered = torch.einsum("brnh,bnhd->brhd", attention, value * (scale @ common) + shift @ common)
+        for (rows, columns), own in blocks:
+            gathered[:, rows] += self.gathered(attention[:, rows, columns], own, value[:, columns], shift, scale)
+        return self.output(gathered)
+
+    def edge_maps(self) -> tuple[Tensor, Tensor, Tensor]:
+        """QᵀK (heads, edge, edge), T and S (heads, width, edge)."""
+        query, key, shift, scale = self.edge_qkss.weight.unflatten(0, (4, self.heads, -1))
+        return torch.einsum("hdc,hde->hce", query, key), shift, scale
+
+    def node_terms(self, nodes: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q_i·k_j (batch, rows, n, heads), Kᵀq_i, Qᵀk_j and v_j (batch, nodes, heads, width)."""
+        query, key, value = self.node_qkv(nodes).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        query = query[:, rows]
+        edge_query, edge_key, _, _ = self.edge_qkss.weight.unflatten(0, (4, self.heads, -1))
+        scores = torch.einsum("brhd,bnhd->brnh", query, key)
+        from_query = torch.einsum("brhd,hdc->brhc", query, edge_key)
+        from_key = torch.einsum("bnhd,hdc->bnhc", key, edge_query)
+        return scores, from_query, from_key, value
+
+    def relational(
+        self, edges: Tensor, mixed: Tensor, from_query: Tensor, from_key: Tensor
+    ) -> Float[Tensor, "batch rows columns heads"]:
+        """e_ij·(QᵀK e_ij + Kᵀq_i + Qᵀk_j)"""
+        bilinear = F.linear(edges, mixed.flatten(0, 1)).unflatten(-1, (self.heads, -1))
+        return ((bilinear + from_query.unsqueeze(2) + from_key.unsqueeze(1)) * edges.unsqueeze(3)).sum(-1)
+
+    def gathered(
+        self, attention: Tensor, edges: Tensor, value: Tensor, shift: Tensor, scale: Tensor
+    ) -> Float[Tensor, "batch rows heads width"]:
+        """Σ_j a_ij (S e_ij ⊙ v_j + T e_ij)"""
+        scaled = F.linear(edges, scale.flatten(0, 1)).unflatten(-1, (self.heads, -1))
         mean_edge = torch.einsum("brnh,brnc->brhc", attention, edges)
-        gathered = gathered + torch.einsum("brhc,hdc->brhd", mean_edge, shift)
+        shifted = torch.einsum("brhc,hdc->brhd", mean_edge, shift)
+        return (attention.unsqueeze(-1) * scaled * value.unsqueeze(1)).sum(2) + shifted
+
+    def output(self, gathered: Float[Tensor, "batch rows heads width"]) -> Float[Tensor, "batch rows node"]:
+        """Both output Linears as one."""
         weight = self.attention_linear.weight @ self.attention_output.weight
         bias = self.attention_linear.weight @ self.attention_output.bias + self.attention_linear.bias
         return F.linear(gathered.flatten(2), weight, bias)
-
-
-Pairs = tuple[slice, slice]  # rows (targets) and columns (sources) of the pairs of nodes
-EVERY = slice(None)
 
 
 class NGTLayer(nn.Module):
@@ -124,8 +173,13 @@ class NGTLayer(nn.Module):
         present: Bool[Tensor, "batch n"] | None = None,
     ) -> tuple[Float[Tensor, "batch rows node"], tuple[Tensor, ...]]:
         """States of the attended nodes and of every set of updated pairs; nodes that are not `present` are not read."""
-        gathered = self.drop(self.attention(nodes, edges, self.attended, present))
-        nodes = self.node_norm1(nodes[:, self.attended] + gathered)
+        return self.update(nodes, self.attention(nodes, edges, self.attended, present), edges)
+
+    def update(
+        self, nodes: Tensor, gathered: Float[Tensor, "batch rows node"], edges: Tensor
+    ) -> tuple[Float[Tensor, "batch rows node"], tuple[Tensor, ...]]:
+        """The states of `forward` from what the nodes have gathered."""
+        nodes = self.node_norm1(nodes[:, self.attended] + self.drop(gathered))
         nodes = self.node_norm2(nodes + self.drop(self.node_feed2(F.gelu(self.node_feed1(nodes)))))
         return nodes, tuple(self.update_edges(nodes, edges, *pairs) for pairs in self.updated)
 
@@ -184,26 +238,38 @@ class NGTStack(nn.Module):
     def compile_parts(self) -> None:
         """Compile the parts that a training step spends its time in."""
         for layer in self.layers:
-            layer.compile(**COMPILATION)
+            layer.attention.compile(**COMPILATION)
+            layer.update = torch.compile(layer.update, **COMPILATION)
 
-    def first_edges(self, standardized: NeuralGraph) -> Float[Tensor, "batch n n 32"]:
-        """First states of all pairs; where the wiring has no edge the Fourier features are masked out."""
-        weight, bias = self.encoder.edge_affine()
+    def first_edges(self, standardized: NeuralGraph) -> tuple[Float[Tensor, " 32"], list[tuple[Pairs, Tensor]]]:
+        """First state of all pairs that no weight joins, and by how much those of the blocks differ from it: where the
+        wiring has no edge the Fourier features are masked out."""
+        weight, common = self.encoder.edge_affine()
         frequencies = self.encoder.edge_frequencies
-        size = self.wiring.num_nodes
-        states = bias.expand(standardized.num_networks, size, size, self.widths.edge).clone()
-        for (rows, columns), values in zip(block_pairs(self.wiring), standardized.edges, strict=True):
-            features = fourier_features(values, None if frequencies is None else frequencies[0])
-            states[:, rows, columns] = F.linear(features, weight, bias)
-        return states
+        features = [
+            fourier_features(values, None if frequencies is None else frequencies[0]) for values in standardized.edges
+        ]
+        return common, list(zip(block_pairs(self.wiring), [F.linear(x, weight) for x in features], strict=True))
 
     def states(self, graph: NeuralGraph) -> tuple[Float[Tensor, "batch rows 64"], tuple[Tensor, ...]]:
         """Last states of the nodes and of the sets of pairs that are read."""
         standardized = self.encoder.standardize(graph)
-        nodes, edges = self.encoder.nodes(graph, standardized), (self.first_edges(standardized),)
-        for layer in self.layers:
+        nodes = self.encoder.nodes(graph, standardized)
+        common, blocks = self.first_edges(standardized)
+        first, *layers = self.layers
+        gathered = first.attention.of_blocks(nodes, common, blocks)
+        nodes, edges = first.update(nodes, gathered, laid_out(common, blocks, self.wiring.num_nodes))
+        for layer in layers:
             nodes, edges = layer(nodes, *edges)
         return nodes, edges
+
+
+def laid_out(common: Tensor, blocks: Sequence[tuple[Pairs, Tensor]], size: int) -> Float[Tensor, "batch n n edge"]:
+    """States of all pairs: `common`, and in the blocks their own added to it."""
+    states = common.expand(len(blocks[0][1]), size, size, len(common)).clone()
+    for (rows, columns), own in blocks:
+        states[:, rows, columns] += own
+    return states
 
 
 class NGT(NGTStack):

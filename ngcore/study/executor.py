@@ -69,14 +69,14 @@ def execute_all(run: Run, configs: Sequence[Any], *, workers: int | None = None)
 def _collect(futures: dict[Future, int], configs: Sequence[Any], messages: Any) -> list[Record]:
     records: dict[int, Record] = {}
     failures = []
-    epochs = 0
+    reports = 0  # one per epoch, or per outer step of meta-training
     with tqdm(total=len(configs), desc="runs", unit="run") as bar:
         waiting = set(futures)
         while waiting:
             try:
                 scores = messages.get(timeout=1)
-                epochs += 1
-                bar.set_postfix_str(f"{epochs} epochs, last loss {scores['train_loss']:.3f}")
+                reports += 1
+                bar.set_postfix_str(f"{reports} reports, last loss {scores['train_loss']:.3f}")
             except queue.Empty:
                 pass
             for future in [future for future in waiting if future.done()]:

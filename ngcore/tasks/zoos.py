@@ -60,11 +60,10 @@ class Zoo:
         return wild_park.generate_park(self.recipe, self.runs, cache_directory(), workers or cores)
 
 
-def wiring_of(architecture: Architecture, hide_activations: bool = False, flatten: Flatten = "layer") -> Wiring:
-    """The wiring of a zoo's CNN; with activations hidden all of them are called "relu"."""
+def wiring_of(architecture: Architecture, flatten: Flatten = "layer") -> Wiring:
+    """The wiring of a zoo's CNN."""
     a = architecture
-    activation = ["relu"] * len(a.activation) if hide_activations else a.activation
-    return cnn(a.channels, a.kernel_size, activation, a.residual, a.classes, a.pool, flatten)
+    return cnn(a.channels, a.kernel_size, a.activation, a.residual, a.classes, a.pool, flatten)
 
 
 @dataclass(frozen=True)
@@ -121,20 +120,26 @@ class Networks:
         return self.graphs[0].wiring.graph({name: torch.cat([state[name] for state in states]) for name in states[0]})
 
 
+def hidden(architecture: Architecture) -> Architecture:
+    """The same with its activations all called "relu"."""
+    return replace(architecture, activation=("relu",) * len(architecture.activation))
+
+
 @cache
 def load(zoos: tuple[Zoo, ...], hide_activations: bool = False) -> Networks:
-    """All networks of these zoos; kept for the process's further runs."""
+    """All networks of these zoos, their activations told or not; kept for the process's further runs."""
     tables, architectures, graphs = [], [], []
     for zoo in zoos:
         population = zoo.population()
         tables.append(population.table.assign(dataset=zoo.dataset))
         parts = [part for part in population.parts if len(part)]
-        architectures += [part.architecture for part in parts]
-        graphs += [wiring_of(part.architecture, hide_activations).graph(part.parameters) for part in parts]
+        told = [hidden(part.architecture) if hide_activations else part.architecture for part in parts]
+        architectures += told
+        graphs += [wiring_of(a).graph(part.parameters) for a, part in zip(told, parts, strict=True)]
     table = pd.concat(tables, ignore_index=True)
-    told = table.to_json(orient="records").encode()
+    text = table.to_json(orient="records").encode()
     tensors = [values for graph in graphs for values in graph.state_dict().values()]
-    digest = tensor_digest([*tensors, torch.frombuffer(bytearray(told), dtype=torch.uint8)])
+    digest = tensor_digest([*tensors, torch.frombuffer(bytearray(text), dtype=torch.uint8)])
     frame = Frame.of({graph.wiring for graph in graphs})
     return Networks(table, tuple(architectures), tuple(graphs), digest, frame)
 
