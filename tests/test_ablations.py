@@ -333,6 +333,7 @@ def test_linear_weights_lie_where_the_frame_says():
 
 def test_differences_are_those_of_paired_seeds():
     values = {"base": [1.0, 2.0, 4.0], "up": [2.0, 3.2, 4.9], "noise": [0.0, 3.0, 4.5], "single": [5.0]}
+    values["same"] = values["base"]
     records = [
         {"config": {"method": "m", "variant": variant, "seed": seed}, "metrics": {"score": score}}
         for variant, scores in values.items()
@@ -344,6 +345,7 @@ def test_differences_are_those_of_paired_seeds():
         "up": "better",
         "noise": "inside the noise",
         "single": "one seed",
+        "same": "unchanged",
     }
     expected = stats.ttest_rel(values["up"], values["base"]).confidence_interval(0.95)
     np.testing.assert_allclose(table.loc["up", ["low", "high"]].astype(float), [10 * x for x in expected])
@@ -351,15 +353,19 @@ def test_differences_are_those_of_paired_seeds():
     assert table.loc["single", "difference"] == 40
     assert np.isnan(table.loc["single", "low"])
     others = [{**record, "config": {**record["config"], "method": "MLP"}} for record in records]
-    others = [{**record, "config": {**record["config"], "method": "MLP"}} for record in records]
     rows = comparison.differences(records[::-1] + others, "base", metric="score")
-    assert rows["method"].tolist() == ["MLP"] * 4 + ["m"] * 4
+    assert rows["method"].tolist() == ["MLP"] * 5 + ["m"] * 5
     told = comparison.conclusion(table.reset_index().assign(method="m"), "points").splitlines()
     assert told == [
         "m: up: +10.3 points, better than the base",
         "m: noise: +1.7 points, inside the noise",
         "m: single: +40.0 points, one seed, which tells nothing about noise",
+        "m: same: +0.0 points, nothing changes",
     ]
+    alone = {"config": {"method": "m", "variant": "late", "seed": 9}, "metrics": {"score": 1.0}}
+    table = comparison.differences([*records, alone], "base", metric="score").set_index("variant")
+    assert table.loc["late", "verdict"] == "no common seed"
+    assert np.isnan(table.loc["late", "difference"])
     with pytest.raises(ValueError, match="m has no runs of the variant 'full'"):
         comparison.differences(records, "full", metric="score")
 
@@ -442,6 +448,8 @@ def test_gap_at_equal_fit_is_the_mean_distance_of_the_curves():
     assert (row["seeds"], row["difference"]) == (1, pytest.approx(0.78))
     assert np.isnan(row["low"])
     assert loss_curves.gaps([ours, apart], "a", "b")["seeds"].tolist() == [0]
+    with pytest.raises(ValueError, match="no loss curves of b"):
+        loss_curves.gaps([ours], "a", "b")
 
 
 def test_loss_curves_measure_both_losses_in_evaluation_mode():

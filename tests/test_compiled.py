@@ -6,6 +6,7 @@ import sys
 import pytest
 
 MODEL = """
+import copy
 import torch
 from ngcore.graph import mlp
 from ngcore.models import NGGNN, NGT, Editor, EquivariantNGGNN
@@ -26,6 +27,11 @@ eager = numbers_and_gradients()
 metanetwork.compile_parts()
 for plain, compiled in zip(eager, numbers_and_gradients(), strict=True):
     assert (compiled - plain).norm() < 1e-5 * plain.norm(), (compiled, plain)
+original, metanetwork = metanetwork, copy.deepcopy(metanetwork)
+for parameter in original.parameters():
+    parameter.data.zero_()
+for plain, copied in zip(eager, numbers_and_gradients(), strict=True):
+    assert (copied - plain).norm() < 1e-5 * plain.norm(), "a copy computes with the original's weights"
 """
 
 FIT = """

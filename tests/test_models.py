@@ -8,7 +8,7 @@ from properties import permute, random_permutations
 
 from ngcore.bench.plain_ng_gnn import PlainNGGNN, to_batch
 from ngcore.bench.plain_ng_t import PlainNGT
-from ngcore.graph import NeuralGraph, mlp
+from ngcore.graph import NeuralGraph, mlp, trace
 from ngcore.graph.simulate import activations
 from ngcore.models import NGGNN, NGT
 from ngcore.models.encoder import ProbeFeatures, Standardize
@@ -106,6 +106,18 @@ def test_agrees_with_the_plain_form_in_float32_at_full_size(model):
 
 
 @pytest.mark.parametrize("model", MODELS)
+def test_bfloat16_is_near_float32(model):
+    torch.manual_seed(2)
+    graph = random_batch(INR, 4, torch.float32)
+    metanetwork = model(INR, 10, dropout=0.0)
+    scores = metanetwork(graph)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = metanetwork(graph)
+    assert rounded.dtype == torch.bfloat16
+    assert 0 < (rounded - scores).norm() < 0.05 * scores.norm()
+
+
+@pytest.mark.parametrize("model", MODELS)
 def test_gradients_of_parts_add_up(model, random_graph):
     """Nothing mixes networks, so a batch may be worked on in parts."""
     wiring = mlp([2, 4, 3, 1], "siren")
@@ -165,3 +177,32 @@ def test_nan_is_named(random_graph):
     graph.edges[1][2, 0, 1] = float("nan")
     with pytest.raises(ValueError, match=r"layers\.1\.weight of network 2"):
         Standardize(graph.wiring).fit(graph)
+
+
+class Added(torch.nn.Module):
+    """Edges without weights lead to the sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
+
+    def forward(self, x):
+        return self.a(x) + self.b(x)
+
+
+def test_networks_that_are_no_mlps_are_refused():
+    normalized = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 1)).eval()
+    wiring = trace(normalized, torch.randn(5, 2))
+    for model in MODELS:
+        with pytest.raises(ValueError, match=r"normalization block of 1\.weight.*HeterogeneousNGT"):
+            model(wiring, 3)
+        with pytest.raises(ValueError, match="residual block of groups 1 -> 2"):
+            model(trace(Added(), torch.randn(5, 2)), 3)
+        model(trace(torch.nn.Sequential(normalized[0], torch.nn.Tanh(), normalized[2]), torch.randn(5, 2)), 3)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_graphs_without_a_batch_axis_are_refused(model, random_graph):
+    graph = random_graph(mlp([2, 3, 1]))
+    with pytest.raises(ValueError, match="one batch axis, of their networks, not 0"):
+        model(graph.wiring, 3).double()(graph[0])

@@ -90,7 +90,7 @@ class Standardize(nn.Module):
         """The standardized graph.
 
         Raises:
-            ValueError: it is of another wiring.
+            ValueError: it is of another wiring, or has not one batch axis.
         """
         self._check_wiring(graph)
         nodes, edges = (
@@ -107,6 +107,26 @@ class Standardize(nn.Module):
             raise ValueError(
                 f"this model was built for {describe(self.wiring)}, the graph is of {describe(graph.wiring)}: "
                 "build the model with the graph's own wiring"
+            )
+        if graph.edges[0].dim() != 4:
+            raise ValueError(f"graphs have one batch axis, of their networks, not {graph.edges[0].dim() - 3}")
+
+
+def check_blocks(wiring: Wiring) -> None:
+    """Models of one wiring read dense blocks: one weight from every neuron of a group to every one of another.
+
+    Raises:
+        ValueError: names a block that is none.
+    """
+    sizes = [group.size for group in wiring.groups]
+    for block in wiring.blocks:
+        ends = (block.source_nodes, block.source), (block.target_nodes, block.target)
+        some = any(nodes is not None and len(nodes) < sizes[group] for nodes, group in ends)
+        if some or block.groups > 1 or block.weight is None or math.prod(block.kernel) > 1:
+            name = block.weight or f"groups {block.source} -> {block.target}"
+            raise ValueError(
+                f"the {block.kind} block of {name} is not one weight for every pair of neurons of two layers: "
+                "networks with such blocks are read by HeterogeneousNGGNN and HeterogeneousNGT"
             )
 
 
@@ -183,6 +203,9 @@ class Encoder(nn.Module):
         probing: where they are, as of `ProbeFeatures`.
         positions: give nodes their positional embeddings (paper, section 2.4).
         normalization: as of `Standardize`.
+
+    Raises:
+        ValueError: as of `check_blocks`.
     """
 
     def __init__(
@@ -200,8 +223,12 @@ class Encoder(nn.Module):
         normalization: str = "layer",
     ) -> None:
         super().__init__()
+        check_blocks(wiring)
         self.standardize = Standardize(wiring, normalization)
-        for kind, scalars, own in (("node", 1, sigma), ("edge", edge_features, edge_sigma or sigma)):
+        for kind, scalars, own in (
+            ("node", 1, sigma),
+            ("edge", edge_features, sigma if edge_sigma is None else edge_sigma),
+        ):
             frequencies = None if sigma is None else torch.randn(scalars, FREQUENCIES) * own
             self.register_buffer(f"{kind}_frequencies", frequencies)
         self.node_fourier = nn.Linear(1 if sigma is None else 2 * FREQUENCIES, node_width)

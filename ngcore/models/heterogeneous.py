@@ -388,7 +388,7 @@ class HeterogeneousNGT(nn.Module):
         nodes = states.new_zeros(*present.shape, states.shape[1]).index_put((batch.network, place), states)
         edges = (self.first_pairs(batch, weights, place, present.shape[1]),)
         for layer in self.layers:
-            nodes, edges = layer(nodes, *edges, present)
+            nodes, edges = layer(nodes, layer.gather(nodes, *edges, present), *edges)
         return self.head(nodes.flatten(1))
 
     def first_pairs(

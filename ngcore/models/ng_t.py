@@ -6,7 +6,8 @@ relational transformer (Diao & Loynd 2023), rearranged so that as little as poss
 - scores: with q = q_i + Q e_ij and k = k_j + K e_ij, q·k = q_i·k_j + e_ij·(Kᵀq_i + Qᵀk_j + QᵀK e_ij), one product
   of the pair's state by QᵀK instead of two by Q and K;
 - values: Σ_j a_ij (S e_ij ⊙ v_j + T e_ij) = Σ_j a_ij (S e_ij ⊙ v_j) + T Σ_j a_ij e_ij;
-- the first layer's pairs that no weight joins, three of four in an INR, share one state, about which it is expanded;
+- in the first layer the pairs that no weight joins, three of four in an INR, share one state: scores and values are
+  expanded about it;
 - the last layer is computed for the rows that the head reads alone.
 """
 
@@ -69,8 +70,7 @@ class RelationalAttention(nn.Module):
         scores = scores + self.relational(edges, mixed, from_query, from_key)
         if present is not None:
             scores = scores.masked_fill(~present[:, None, :, None], -torch.inf)
-        attention = (scores * scale.shape[1] ** -0.5).softmax(dim=2)
-        return self.output(self.gathered(attention, edges, value, shift, scale))
+        return self.output(self.gathered(self.weights(scores), edges, value, shift, scale))
 
     def of_blocks(
         self,
@@ -80,19 +80,19 @@ class RelationalAttention(nn.Module):
     ) -> Float[Tensor, "batch n node"]:
         """The same for pairs that all have one state c, those of some blocks c + d: most pairs cost next to nothing.
 
-        Scores and values are expanded about c: (c + d)·M(c + d) = c·Mc + d·(Md + (M + Mᵀ)c), what else there is is
-        linear.
+        Expanded about c: (c + d)·M(c + d) = c·Mc + d·(Md + (M + Mᵀ)c), and all other terms are linear in d. No two
+        blocks have pairs in common.
         """
         mixed, shift, scale = self.edge_maps()
         scores, from_query, from_key, value = self.node_terms(nodes, EVERY)
         scores = (
             scores + (from_query @ common).unsqueeze(2) + (from_key @ common).unsqueeze(1) + mixed @ common @ common
         )
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # as a sum of products is under autocast
         from_query = from_query + (mixed + mixed.mT) @ common
         for (rows, columns), own in blocks:
             scores[:, rows, columns] += self.relational(own, mixed, from_query[:, rows], from_key[:, columns])
-        attention = (scores * scale.shape[1] ** -0.5).softmax(dim=2)
-
+        attention = self.weights(scores)
         gathered = torch.einsum("brnh,bnhd->brhd", attention, value * (scale @ common) + shift @ common)
         for (rows, columns), own in blocks:
             gathered[:, rows] += self.gathered(attention[:, rows, columns], own, value[:, columns], shift, scale)
@@ -112,6 +112,11 @@ class RelationalAttention(nn.Module):
         from_query = torch.einsum("brhd,hdc->brhc", query, edge_key)
         from_key = torch.einsum("bnhd,hdc->bnhc", key, edge_query)
         return scores, from_query, from_key, value
+
+    def weights(self, scores: Float[Tensor, "batch rows n heads"]) -> Float[Tensor, "batch rows n heads"]:
+        """Softmax over the sources."""
+        width = self.node_qkv.out_features // (3 * self.heads)
+        return (scores * width**-0.5).softmax(dim=2)
 
     def relational(
         self, edges: Tensor, mixed: Tensor, from_query: Tensor, from_key: Tensor
@@ -138,6 +143,9 @@ class RelationalAttention(nn.Module):
 
 class NGTLayer(nn.Module):
     """Relational attention and feed-forward on nodes, then the update of the edges from their new states.
+
+    In two steps, `gather` and the call itself: each is compiled apart, and what gathers from pairs that are known in
+    another form takes the first one's place.
 
     Args:
         attended: rows (targets) of the pairs that enter: the others are not computed.
@@ -166,19 +174,19 @@ class NGTLayer(nn.Module):
     def drop(self, x: Tensor) -> Tensor:
         return dropout(x, self.dropout, self.training)
 
+    def gather(
+        self, nodes: Tensor, edges: Tensor, present: Bool[Tensor, "batch n"] | None = None
+    ) -> Float[Tensor, "batch rows node"]:
+        """What the attended nodes gather; nodes that are not `present` are not read."""
+        return self.attention(nodes, edges, self.attended, present)
+
     def forward(
         self,
         nodes: Float[Tensor, "batch n node"],
+        gathered: Float[Tensor, "batch rows node"],
         edges: Float[Tensor, "batch rows n edge"],
-        present: Bool[Tensor, "batch n"] | None = None,
     ) -> tuple[Float[Tensor, "batch rows node"], tuple[Tensor, ...]]:
-        """States of the attended nodes and of every set of updated pairs; nodes that are not `present` are not read."""
-        return self.update(nodes, self.attention(nodes, edges, self.attended, present), edges)
-
-    def update(
-        self, nodes: Tensor, gathered: Float[Tensor, "batch rows node"], edges: Tensor
-    ) -> tuple[Float[Tensor, "batch rows node"], tuple[Tensor, ...]]:
-        """The states of `forward` from what the nodes have gathered."""
+        """New states of the attended nodes, and of every set of updated pairs."""
         nodes = self.node_norm1(nodes[:, self.attended] + self.drop(gathered))
         nodes = self.node_norm2(nodes + self.drop(self.node_feed2(F.gelu(self.node_feed1(nodes)))))
         return nodes, tuple(self.update_edges(nodes, edges, *pairs) for pairs in self.updated)
@@ -204,13 +212,13 @@ def block_pairs(wiring: Wiring) -> tuple[Pairs, ...]:
 class NGTStack(nn.Module):
     """Encoder and layers of NG-T: node width 64, edge width 32, 4 heads over an attention width of 128, 4 layers.
 
-    Norms follow the residual sums. Pairs that are no edge of the network have a state of their own: a weight that is
-    0 stays an edge.
+    Norms follow the residual sums. Pairs that are no edge of the network have a state of their own: a weight of 0 is
+    another one, where weights have Fourier features. (By a Linear, a weight that is its layer's mean enters like none.)
 
     Args:
         read: rows (nodes) whose states are read after the last layer.
         read_edges: sets of pairs whose states are read after it.
-        dropout: of attention, feed-forward and edge updates.
+        dropout: of what attention gathers, of feed-forwards and of edge updates.
         encoding: options of `Encoder`.
     """
 
@@ -238,10 +246,11 @@ class NGTStack(nn.Module):
     def compile_parts(self) -> None:
         """Compile the parts that a training step spends its time in."""
         for layer in self.layers:
+            layer.compile(**COMPILATION)
+        for layer in self.layers[1:]:  # the first one's, over small blocks, runs as it is
             layer.attention.compile(**COMPILATION)
-            layer.update = torch.compile(layer.update, **COMPILATION)
 
-    def first_edges(self, standardized: NeuralGraph) -> tuple[Float[Tensor, " 32"], list[tuple[Pairs, Tensor]]]:
+    def first_edges(self, standardized: NeuralGraph) -> tuple[Float[Tensor, " edge"], list[tuple[Pairs, Tensor]]]:
         """First state of all pairs that no weight joins, and by how much those of the blocks differ from it: where the
         wiring has no edge the Fourier features are masked out."""
         weight, common = self.encoder.edge_affine()
@@ -251,16 +260,16 @@ class NGTStack(nn.Module):
         ]
         return common, list(zip(block_pairs(self.wiring), [F.linear(x, weight) for x in features], strict=True))
 
-    def states(self, graph: NeuralGraph) -> tuple[Float[Tensor, "batch rows 64"], tuple[Tensor, ...]]:
+    def states(self, graph: NeuralGraph) -> tuple[Float[Tensor, "batch rows node"], tuple[Tensor, ...]]:
         """Last states of the nodes and of the sets of pairs that are read."""
         standardized = self.encoder.standardize(graph)
         nodes = self.encoder.nodes(graph, standardized)
         common, blocks = self.first_edges(standardized)
         first, *layers = self.layers
         gathered = first.attention.of_blocks(nodes, common, blocks)
-        nodes, edges = first.update(nodes, gathered, laid_out(common, blocks, self.wiring.num_nodes))
+        nodes, edges = first(nodes, gathered, laid_out(common, blocks, self.wiring.num_nodes))
         for layer in layers:
-            nodes, edges = layer(nodes, *edges)
+            nodes, edges = layer(nodes, layer.gather(nodes, *edges), *edges)
         return nodes, edges
 
 

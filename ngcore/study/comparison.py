@@ -23,9 +23,9 @@ def differences(
 ) -> pd.DataFrame:
     """Every variant of a method beside the variant `base` of the same method.
 
-    Runs of one seed share data, order of batches and, as far as the models allow, first weights: seeds are paired. The
-    interval is Student's for the mean of the paired differences; with three seeds it is 2.5 of their standard
-    deviations to either side, so only large differences show.
+    Runs of one seed share data and the order of batches, first weights only where both models draw the same random
+    numbers: seeds are paired. The interval is Student's for the mean of the paired differences; with three seeds it is
+    2.5 of their standard deviations to either side, so only large differences show.
 
     Args:
         metric, scale: as of `tables.summarize`; more is better.
@@ -34,7 +34,8 @@ def differences(
     Returns:
         A row per method and variant, methods as in `tables.METHODS`, variants in the order of the records: *by,
         variant, mean, std, seeds and, of what is over the base, difference, low, high (the interval's ends; missing
-        below two seeds) and verdict: "base", "better", "worse", "inside the noise", or "one seed".
+        below two seeds) and verdict: "base", "better", "worse", "inside the noise", "unchanged" (no seed's number
+        differs), "one seed" or "no common seed".
 
     Raises:
         ValueError: a method has no base, or as `tables.summarize`.
@@ -65,7 +66,9 @@ def conclusion(table: pd.DataFrame, unit: str, decimals: int = 1) -> str:
         "better": "better than the base",
         "worse": "worse than the base",
         "inside the noise": "inside the noise",
+        "unchanged": "nothing changes",
         "one seed": "one seed, which tells nothing about noise",
+        "no common seed": "no seed in common with the base",
     }
     lines = []
     for row in table[table["verdict"] != "base"].to_dict("records"):
@@ -87,7 +90,9 @@ def _difference(paired: pd.Series) -> dict[str, Any]:
     found = paired.dropna()
     mean, (low, high) = found.mean(), interval(found)
     if len(found) < 2:
-        verdict = "one seed"
+        verdict = "one seed" if len(found) else "no common seed"
+    elif (found == 0).all():
+        verdict = "unchanged"
     else:
         verdict = "inside the noise" if low <= 0 <= high else "better" if mean > 0 else "worse"
     return {"difference": mean, "low": low, "high": high, "verdict": verdict}

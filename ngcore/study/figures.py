@@ -215,7 +215,7 @@ def variants(table: pd.DataFrame, ax: Axes, *, xlabel: str) -> None:
     """How far every variant is from the base, which stands at 0: a row per variant, a point per method.
 
     Args:
-        table: of `comparison.differences`; columns method, variant, difference, low, high, the last two of the bars.
+        table: of `comparison.differences`; columns method, variant, difference, low, high (both of the bars), verdict.
         xlabel: should say what the bars are.
     """
     names = list(dict.fromkeys(table["variant"]))
@@ -223,7 +223,7 @@ def variants(table: pd.DataFrame, ax: Axes, *, xlabel: str) -> None:
     for i, method in enumerate(methods):
         rows = table[table["method"] == method]
         shift = 0.5 * (i - (len(methods) - 1) / 2) / len(methods)
-        x, y = rows["difference"].fillna(0), rows["variant"].map(names.index) + shift
+        x, y = rows["difference"].mask(rows["verdict"] == "base", 0.0), rows["variant"].map(names.index) + shift
         bars = [(x - rows["low"]).fillna(0), (rows["high"] - x).fillna(0)]
         marker = _MARKERS[i % len(_MARKERS)]
         ax.errorbar(x, y, xerr=bars, color=_colour(method), marker=marker, linestyle="", capsize=3, label=method)

@@ -109,7 +109,7 @@ def run(config: Config, on_epoch: Callable[[int, Record], None] = lambda epoch, 
 
     The model is trained if it is not stored yet; the result is stored.
     """
-    networks = load(config.of.data)
+    networks = load(config.of.data, config.of.target == "activation")
     stored = StoredRun.of(config, networks.digest, cache_directory())
     record = stored.result()
     if record is not None:

@@ -71,10 +71,16 @@ def gaps(records: Sequence[Record], method: str, other: str) -> pd.DataFrame:
     interval, and seeds.
 
     `seeds` counts those at which both had the same training loss at some time; without any the numbers are missing.
+
+    Raises:
+        ValueError: there are no records of one of them.
     """
     by_seed: Mapping[str, dict[int, Record]] = {
         name: {r["config"]["seed"]: r for r in records if r["config"]["method"] == name} for name in (method, other)
     }
+    for name, own in by_seed.items():
+        if not own:
+            raise ValueError(f"no loss curves of {name}")
     seeds = sorted(by_seed[method].keys() & by_seed[other].keys())
     found = pd.Series([gap_at_equal_fit(by_seed[method][s], by_seed[other][s]) for s in seeds], dtype=float).dropna()
     low, high = interval(found)

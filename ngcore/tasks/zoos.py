@@ -120,20 +120,24 @@ class Networks:
         return self.graphs[0].wiring.graph({name: torch.cat([state[name] for state in states]) for name in states[0]})
 
 
-def hidden(architecture: Architecture) -> Architecture:
+def with_hidden_activations(architecture: Architecture) -> Architecture:
     """The same with its activations all called "relu"."""
     return replace(architecture, activation=("relu",) * len(architecture.activation))
 
 
-@cache
 def load(zoos: tuple[Zoo, ...], hide_activations: bool = False) -> Networks:
     """All networks of these zoos, their activations told or not; kept for the process's further runs."""
+    return _load(zoos, hide_activations)
+
+
+@cache  # tells f(x) from f(x, False)
+def _load(zoos: tuple[Zoo, ...], hide_activations: bool) -> Networks:
     tables, architectures, graphs = [], [], []
     for zoo in zoos:
         population = zoo.population()
         tables.append(population.table.assign(dataset=zoo.dataset))
         parts = [part for part in population.parts if len(part)]
-        told = [hidden(part.architecture) if hide_activations else part.architecture for part in parts]
+        told = [with_hidden_activations(part.architecture) if hide_activations else part.architecture for part in parts]
         architectures += told
         graphs += [wiring_of(a).graph(part.parameters) for a, part in zip(told, parts, strict=True)]
     table = pd.concat(tables, ignore_index=True)

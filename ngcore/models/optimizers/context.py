@@ -187,5 +187,5 @@ class NGTContext(GraphContext):
         index = torch.arange(len(nodes), device=nodes.device).unsqueeze(1), targets, sources
         edges = (pairs.index_put(index, own, accumulate=True),)
         for layer in self.layers:
-            nodes, edges = layer(nodes, *edges)
+            nodes, edges = layer(nodes, layer.gather(nodes, *edges), *edges)
         return self.scalars(nodes, edges[0][:, targets, sources], layout)
