@@ -76,7 +76,7 @@ def test_every_variant_of_a_model_differs_from_the_full_one(method, question, va
 
 
 def test_the_questions_about_cnns_differ_too():
-    networks = zoos.load((SMALL_PARK,))
+    networks = zoos.load((SMALL_PARK,), False)
     rows = torch.arange(4)
     for question in ("activation embeddings", "linear layers"):
         (full,) = generalization.configs_of(
@@ -316,7 +316,7 @@ def test_without_positions_output_neurons_are_alike_too(model, positions):
 
 
 def test_linear_weights_lie_where_the_frame_says():
-    networks = zoos.load((SMALL_PARK,))
+    networks = zoos.load((SMALL_PARK,), False)
     rows = torch.arange(6)
     centred, first = networks.collection[rows], networks.linear_collection[rows]
     middle = networks.frame.features // 2
@@ -595,7 +595,7 @@ def test_a_park_whose_networks_flatten():
     recipe = wild_park.FlattenedRecipe(64, 20, 1, 1)
     assert recipe.name.startswith("wild_park_flattened_64train")
     assert wild_park.draw_architecture(0, 3, 2) == replace(wild_park.draw_architecture(0, 3), pool=2)
-    networks = zoos.load((zoos.Zoo(8, recipe),))
+    networks = zoos.load((zoos.Zoo(8, recipe),), False)
     assert set(networks.table["dataset"]) == {"cifar10_wild_park_flattened"}
     layer, repeat = networks.collection, networks.repeated_collection
     assert layer.frame.locations == repeat.frame.locations == 4

@@ -55,7 +55,7 @@ def test_splits_share_no_training_run_and_lose_no_network():
 
 
 def test_statistics_are_numpys_of_every_layer():
-    networks = zoos.load((PARK,))
+    networks = zoos.load((PARK,), False)
     frame = networks.frame
     found = statistics(networks.graphs, frame).view(len(networks.table), frame.layers + 1, 2, 7)
     row = 0
@@ -77,7 +77,7 @@ def test_stat_nn_has_the_papers_size():
 
 
 def test_targets_lie_within_0_and_1_and_keep_the_order():
-    small, park = (zoos.load((zoo,)).table for zoo in (SMALL, PARK))
+    small, park = (zoos.load((zoo,), False).table for zoo in (SMALL, PARK))
     np.testing.assert_array_equal(task.targets_of(small, "accuracy"), small["accuracy"])
     np.testing.assert_array_equal(task.targets_of(small, "activation"), small["activation"] == "tanh")
     rates = task.targets_of(park, "learning_rate")
@@ -95,13 +95,13 @@ def test_activations_can_be_hidden():
     names = {group.activation for graph in networks.graphs for group in graph.wiring.groups}
     assert names == {"identity", "relu"}  # the output's, and everybody's
     assert {name for architecture in networks.architectures for name in architecture.activation} == {"relu"}
-    names = {group.activation for graph in zoos.load((SMALL,)).graphs for group in graph.wiring.groups}
+    names = {group.activation for graph in zoos.load((SMALL,), False).graphs for group in graph.wiring.groups}
     assert names == {"identity", "relu", "tanh"}
 
 
 @pytest.mark.parametrize("split", ["shallow_to_deep", "narrow_to_wide"])
 def test_shapes_are_apart(split):
-    networks = zoos.load((PARK,))
+    networks = zoos.load((PARK,), False)
     rows = task.rows_of(networks, split)
     assert set(rows) == {"train", "validation", "same", "other"}
     measure = networks.table["layers"] if split == "shallow_to_deep" else networks.table["channels"].map(np.mean)
@@ -109,7 +109,7 @@ def test_shapes_are_apart(split):
     for name, own in rows.items():
         assert ((measure[own.numpy()] > limit) == (name == "other")).all()
     with pytest.raises(ValueError, match=r"leaves no networks for .*: 48 training runs are too few"):
-        task.rows_of(zoos.load((SMALL,)), split)
+        task.rows_of(zoos.load((SMALL,), False), split)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_a_run_is_stored_and_scores_its_predictions(dataset, method):
     assert (
         len(predicted)
         == len(true)
-        == len(zoos.split_rows(zoos.load((SMALL if dataset == "cifar10_gs" else PARK,)).table)["test"])
+        == len(zoos.split_rows(zoos.load((SMALL if dataset == "cifar10_gs" else PARK,), False).table)["test"])
     )
     expected = np.nan_to_num(kendalltau(predicted, true).statistic)
     assert metrics[f"test_{dataset}_tau"] == pytest.approx(expected, abs=0.01)  # predictions are stored rounded
@@ -142,7 +142,7 @@ def test_the_control_trains_on_other_targets_and_is_tested_on_the_true_ones():
 
 
 def test_predictions_do_not_depend_on_the_order_or_the_company():
-    networks = zoos.load((PARK,))
+    networks = zoos.load((PARK,), False)
     for method in ("NG-GNN", "NG-T"):
         torch.manual_seed(0)
         model = task.build_model(method, networks).eval()
@@ -160,7 +160,7 @@ def test_predictions_do_not_depend_on_the_order_or_the_company():
 
 @pytest.mark.parametrize("method", task.METHODS)
 def test_models_start_near_the_mean_target(method):
-    networks = zoos.load((SMALL,))
+    networks = zoos.load((SMALL,), False)
     rows = task.rows_of(networks, "random")
     targets = torch.full((len(networks.table),), 0.2)
     torch.manual_seed(0)
@@ -178,7 +178,7 @@ def test_models_start_near_the_mean_target(method):
 
 
 def test_losses_are_the_means_that_they_say():
-    networks = zoos.load((SMALL,))
+    networks = zoos.load((SMALL,), False)
     rows = task.rows_of(networks, "random")
     known = torch.tensor(networks.table["accuracy"].to_numpy(), dtype=torch.float32)
     sizes = networks.collection.sizes
@@ -219,7 +219,7 @@ def test_what_cannot_be_run_is_named(dataset, method, changes, message):
 
 
 def test_a_prediction_that_is_not_finite_is_named():
-    networks = zoos.load((SMALL,))
+    networks = zoos.load((SMALL,), False)
     rows = task.rows_of(networks, "random")
     bad = networks.statistics.clone()
     bad[rows["test_cifar10_gs"][3]] = torch.nan

@@ -125,13 +125,9 @@ def with_hidden_activations(architecture: Architecture) -> Architecture:
     return replace(architecture, activation=("relu",) * len(architecture.activation))
 
 
-def load(zoos: tuple[Zoo, ...], hide_activations: bool = False) -> Networks:
+@cache
+def load(zoos: tuple[Zoo, ...], hide_activations: bool) -> Networks:
     """All networks of these zoos, their activations told or not; kept for the process's further runs."""
-    return _load(zoos, hide_activations)
-
-
-@cache  # tells f(x) from f(x, False)
-def _load(zoos: tuple[Zoo, ...], hide_activations: bool) -> Networks:
     tables, architectures, graphs = [], [], []
     for zoo in zoos:
         population = zoo.population()
@@ -164,7 +160,7 @@ def split_rows(table: pd.DataFrame) -> dict[str, Int[Tensor, " networks"]]:
 
 def population_record(zoo: Zoo) -> Record:
     """What figures show of a population, as a record that is kept beside those of the runs."""
-    networks = load((zoo,))
+    networks = load((zoo,), False)
     config = {"task": "cnn_zoos", "dataset": zoo.dataset, "method": "population", "seed": 0, "data": asdict(zoo)}
     return {
         "hash": run_hash(config, networks.digest),
