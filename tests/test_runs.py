@@ -1,5 +1,6 @@
 """Runs: stored, found again, resumed to the same numbers after a kill, refused when they are not what they say."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -229,9 +230,27 @@ def test_the_table_has_the_papers_rows():
     assert len(configs) == 3 * 2 + 2 * (2 + 1 + 1 + 2)
     assert {c.schedule.micro_batch for c in configs if c.method == "NG-T"} == {4}
     assert {c.schedule.compiled for c in configs if c.method == "NG-GNN"} == {True}
-    variants = task.smooth_configs(configs, [("NG-GNN", 0)])
-    assert [(v.method, v.probes, v.seed, v.recipe) for v in variants] == [("NG-GNN", 0, s, "smooth") for s in (0, 1)]
-    assert dict(variants[0].options) == {"dropout": 0.1, "sigma": task.SMOOTH}
+    variants = task.recipe_configs(configs, "smooth", [("NG-GNN", 0, 2), ("NG-T", 64, 1)])
+    rows = [(v.method, v.probes, v.seed, v.recipe) for v in variants]
+    assert rows == [("NG-GNN", 0, 0, "smooth"), ("NG-GNN", 0, 1, "smooth"), ("NG-T", 64, 0, "smooth")]
+    assert dict(variants[0].options) == {"dropout": 0.1, "sigma": 0.3}
+
+
+@pytest.mark.parametrize("recipe", task.RECIPES)
+def test_every_recipe_differs_from_the_tables_in_what_it_names_alone(recipe):
+    settings = {"micro_batch": {}, "compiled": [], "dropout": 0.1}
+    (plain,) = task.row_configs(DATA, replace(SCHEDULE, decay=True), "NG-GNN", 0, 1, **settings)
+    (config,) = task.recipe_configs([plain], recipe, [("NG-GNN", 0, 1)])
+    fields = dataclasses.asdict(config) | dataclasses.asdict(config.schedule) | dict(config.options)
+    before = dataclasses.asdict(plain) | dataclasses.asdict(plain.schedule) | dict(plain.options)
+    differs = {name for name in fields if fields[name] != before.get(name)} - {"schedule", "options", "recipe"}
+    assert differs == set(task.RECIPES[recipe])
+    assert config.recipe == recipe
+
+
+def test_an_unknown_recipe_is_an_error():
+    with pytest.raises(ValueError, match="unknown recipe 'salt'; there are smooth, canonical signs"):
+        task.recipe_configs([], "salt", [])
 
 
 def test_learning_rates():

@@ -15,6 +15,7 @@ from ngcore.data.inrs import INRSet
 from ngcore.graph.bias_nodes import bias_nodes
 from ngcore.models import NGGNN, NGT
 from ngcore.models.baselines import MLP, DWSNet, SetNN
+from ngcore.models.signs import CanonicalSigns
 from ngcore.study.runs import Record, StoredRun, cache_directory
 from ngcore.study.training import Schedule, train
 from ngcore.tasks.inr_sets import WIRING, INRData, build, evaluation_batches, load_data
@@ -74,7 +75,18 @@ ROWS = (
 )  # of tables 3 and 4: method and number of probe features
 
 
-SMOOTH = 0.3  # scale of the Fourier frequencies in the rows "smooth": nearby weights get nearby features
+# Ways of training that are not the paper's: what differs from a row of the tables, in its schedule, in its
+# augmentation, or else in options of its model. Under "smooth", nearby weights get nearby Fourier features.
+RECIPES: dict[str, dict[str, Any]] = {
+    "smooth": {"sigma": 0.3},
+    "canonical signs": {"signs": "canonical"},
+    "batches of 32": {"batch": 32},
+    "constant rate": {"decay": False},
+    "rate 3e-3": {"learning_rate": 3e-3},
+    "200 warm-up steps": {"warmup": 200},
+    "half the augmentation": {"augmentation": Augmentation(0.125, 22.5, 0.1, 5e-3)},
+    "augmentation": {"augmentation": Augmentation()},
+}
 
 
 def row_configs(
@@ -115,28 +127,46 @@ def table_configs(data: INRData, schedule: Schedule, *, seeds: Mapping[int, int]
     ]
 
 
-def smooth_configs(configs: Collection[Config], rows: Collection[tuple[str, int]]) -> list[Config]:
-    """Of some rows (method, probes) the variant with smooth Fourier features, which is not the paper's."""
-    return [
-        replace(config, options=(*config.options, ("sigma", SMOOTH)), recipe="smooth")
-        for config in configs
-        if (config.method, config.probes) in rows
-    ]
+def recipe_configs(configs: Collection[Config], recipe: str, rows: Collection[tuple[str, int, int]]) -> list[Config]:
+    """Of some rows (method, probes, seeds) of a table the same runs by another recipe.
+
+    Raises:
+        ValueError: an unknown recipe.
+    """
+    if recipe not in RECIPES:
+        raise ValueError(f"unknown recipe {recipe!r}; there are {', '.join(RECIPES)}")
+    seeds = {(method, probes): count for method, probes, count in rows}
+    asked = [config for config in configs if config.seed < seeds.get((config.method, config.probes), 0)]
+    return [_by_recipe(config, recipe) for config in asked]
+
+
+def _by_recipe(config: Config, recipe: str) -> Config:
+    changes = dict(RECIPES[recipe])
+    augmentation = changes.pop("augmentation", config.augmentation)
+    scheduled = {name: changes.pop(name) for name in tuple(changes) if hasattr(config.schedule, name)}
+    schedule, options = replace(config.schedule, **scheduled), (*config.options, *changes.items())
+    return replace(config, schedule=schedule, augmentation=augmentation, options=options, recipe=recipe)
 
 
 # How biases stand on the graph: as features of the neurons that they belong to, or as edges from nodes of their own.
 BIASES = {"feature": WIRING, "node": bias_nodes(WIRING)}
 
 
-def build_model(method: str, probes: int = 0, *, biases: str = "feature", **options: Any) -> nn.Module:
+SIGNS = {"fitted": lambda model: model, "canonical": CanonicalSigns}  # of hidden neurons, as a model reads them
+
+
+def build_model(
+    method: str, probes: int = 0, *, biases: str = "feature", signs: str = "fitted", **options: Any
+) -> nn.Module:
     """A metanetwork by the name of its method, for graphs whose biases stand as `BIASES` says.
 
     Raises:
-        ValueError: `biases` is none of these, or as of `inr_sets.build`.
+        ValueError: `biases` or `signs` is none of `BIASES` or `SIGNS`, or as of `inr_sets.build`.
     """
-    if biases not in BIASES:
-        raise ValueError(f"biases is one of {', '.join(BIASES)}, not {biases!r}")
-    return build(METHODS, method, probes, BIASES[biases], CLASSES, **options)
+    for what, value, known in (("biases", biases, BIASES), ("signs", signs, SIGNS)):
+        if value not in known:
+            raise ValueError(f"{what} is one of {', '.join(known)}, not {value!r}")
+    return SIGNS[signs](build(METHODS, method, probes, BIASES[biases], CLASSES, **options))
 
 
 class Classification:
