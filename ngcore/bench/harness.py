@@ -24,6 +24,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal
 
+from ngcore.files import write_atomically
+
 WARM_UPS = 2
 REPETITIONS = 5
 KEPT_BYTES = str(1 << 32)  # memory up to this size is reused, not handed back to the system after every tensor
@@ -185,12 +187,7 @@ def _table_line(name: str, unit: str, ours: str, reference: str, ratio: str, mem
 
 def write_json(results: Sequence[Result], path: Path) -> None:
     """Write a list of objects with the keys `COLUMNS`; the file appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps([result.as_json() for result in results], indent=2) + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, json.dumps([result.as_json() for result in results], indent=2) + "\n")
 
 
 @dataclass(frozen=True)

@@ -7,22 +7,23 @@ each written whole or not at all, so that a killed fit goes on with the shard th
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ngcore.data import siren
 from ngcore.data.images import Images, load_images
 from ngcore.data.processes import pool
+from ngcore.files import write_atomically
 
 MAX_IMAGES = 100_000  # more than any split holds
 SHARD = 256  # networks per file
@@ -108,12 +109,9 @@ def _read_shard(path: Path) -> INRSet:
 
 def _write_shard(path: Path, inrs: INRSet) -> None:
     tensors = dict(inrs.parameters) | {"labels": inrs.labels, "index": inrs.index, "psnr": inrs.psnr}
-    partial = path.with_suffix(f".partial{os.getpid()}")
-    try:
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_atomically(
+        path, safetensors.torch.save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
+    )
 
 
 @dataclass(frozen=True)
@@ -140,15 +138,11 @@ class _Batch:
 
 
 def _batches(recipe: Recipe, images: Images, rows: range, device: str, compiled: bool) -> list[_Batch]:
-    cuts = [slice(i, min(i + BATCH[device], rows[-1] + 1)) for i in range(rows[0], rows[-1] + 1, BATCH[device])]
+    size = BATCH[device]
+    cuts = [list(rows[i : i + size]) for i in range(0, len(rows), size)]  # indexing copies: a view is sent as a whole
     return [
-        _Batch(
-            recipe,
-            Images(*(part[c].clone() for part in (images.pixels, images.labels, images.index))),
-            device,
-            compiled,
-        )
-        for c in cuts
+        _Batch(recipe, Images(images.pixels[cut], images.labels[cut], images.index[cut]), device, compiled)
+        for cut in cuts
     ]
 
 

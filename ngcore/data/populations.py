@@ -8,7 +8,6 @@ the parts that are missing and loses no finished network.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import as_completed
 from dataclasses import dataclass
@@ -16,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ngcore.data.cnn import Architecture
 from ngcore.data.processes import pool
+from ngcore.files import write_atomically
 
 REQUIRED = ("network", "run", "accuracy")
 LARGEST = 1e6  # a parameter beyond it is one that diverged, and would spoil the statistics of all networks
@@ -117,14 +117,9 @@ class Population:
 
 def write_part(path: Path, checkpoints: Checkpoints) -> None:
     """Store networks of one architecture in one file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     header = {"architecture": json.dumps(checkpoints.architecture.as_json()), "rows": json.dumps(checkpoints.rows)}
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        save_file({name: values.contiguous().cpu() for name, values in checkpoints.parameters.items()}, partial, header)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    parameters = {name: values.contiguous().cpu() for name, values in checkpoints.parameters.items()}
+    write_atomically(path, safetensors.torch.save(parameters, header))
 
 
 def read_part(path: Path) -> Checkpoints:
@@ -172,7 +167,7 @@ def generate(
     population = Population(tuple(read_part(path) for path in paths.values()))
     table = directory / "table.csv"
     if missing or not table.exists():  # it may be all that a killed generator has left to do
-        _write_table(table, population.table)
+        write_atomically(table, population.table.to_csv(index=False))
     return population
 
 
@@ -202,12 +197,3 @@ def _make(maker: Callable[[], Checkpoints], path: Path) -> list[float]:
     checkpoints = maker()
     write_part(path, checkpoints)
     return [row["accuracy"] for row in checkpoints.rows]
-
-
-def _write_table(path: Path, table: pd.DataFrame) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        table.to_csv(partial, index=False)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -6,9 +6,9 @@ was taken, the images are bit-identical. They are kept in the cache as `<set>/<s
 
 import gzip
 import hashlib
+import io
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -24,6 +24,8 @@ import pooch
 from jaxtyping import UInt8
 from PIL import Image
 from tqdm import tqdm
+
+from ngcore.files import write_atomically
 
 # Short, as they are paid before the registries are tried; a mirror's name may stand for several addresses,
 # and the first limit holds for each of them.
@@ -245,10 +247,9 @@ def _read(path: Path, sha256: str) -> np.ndarray:
 
 def _save(path: Path, array: np.ndarray) -> None:
     """Write an array so that the path holds all of it or nothing."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        unfinished = Path(scratch) / path.name
-        np.save(unfinished, array, allow_pickle=False)
-        os.replace(unfinished, path)
+    content = io.BytesIO()
+    np.save(content, array, allow_pickle=False)
+    write_atomically(path, content.getvalue())
 
 
 def _digest(array: np.ndarray) -> str:

@@ -20,7 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
-from ngcore.study.files import write_atomically
+from ngcore.files import write_atomically
 from ngcore.study.runs import output_directory
 from ngcore.study.tables import method_order
 

@@ -15,7 +15,7 @@ import papermill
 from nbclient.exceptions import CellControlSignal, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from ngcore.study.files import write_atomically
+from ngcore.files import write_atomically
 from ngcore.study.profiles import (
     ProfileError,
     declared_parameters,

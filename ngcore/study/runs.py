@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import platform
@@ -17,11 +18,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from ngcore.study.files import replacing, write_atomically
+from ngcore.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -123,13 +125,14 @@ class StoredRun:
         return state
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
-        with replacing(self.directory / "checkpoint.pt") as partial:
-            torch.save(state, partial)
+        content = io.BytesIO()
+        torch.save(state, content)
+        write_atomically(self.directory / "checkpoint.pt", content.getvalue())
 
     def finish(self, metrics: dict[str, Any], weights: dict[str, Tensor], environment: dict[str, Any]) -> Record:
         """Store the result, weights first: a run with a result is complete."""
-        with replacing(self.directory / "weights.safetensors") as partial:
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, partial)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+        write_atomically(self.directory / "weights.safetensors", safetensors.torch.save(tensors))
         record = {
             "hash": self.directory.name,
             "config": dict(self.config),

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from ngcore.study.files import write_atomically
+from ngcore.files import write_atomically
 
 REPORTED = Path(__file__).resolve().parents[2] / "data" / "reported.yaml"
 

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from ngcore.files import write_atomically
 from ngcore.models.optimizers import FEATURES, METHODS, LearnedOptimizer
 from ngcore.models.optimizers.learned import ALPHA, BETA, DECAYS, P
-from ngcore.study.files import replacing
 from ngcore.study.runs import ROOT
 
 SHIPPED = ROOT / "data" / "optimizers"
@@ -52,8 +52,7 @@ def provenance(method: str) -> dict[str, Any]:
 def save(rule: LearnedOptimizer, path: Path, provenance: Mapping[str, Any]) -> None:
     """Write a learned optimizer with its method, its options and where it comes from."""
     about = {"method": rule.method, "options": rule.options, "rule": RULE, "provenance": dict(provenance)}
-    with replacing(path) as partial:
-        save_file(rule.state_dict(), partial, metadata={"ngcore": json.dumps(about)})
+    write_atomically(path, safetensors.torch.save(rule.state_dict(), metadata={"ngcore": json.dumps(about)}))
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
