@@ -1,9 +1,20 @@
 """Fixtures that several test files share."""
 
+import hypothesis
 import pytest
 import torch
 
 from ngcore.graph import NeuralGraph, Wiring
+
+
+class TorchRandom:
+    """torch's global generator as hypothesis takes it: seeded for every example, so that each can be repeated."""
+
+    seed, getstate, setstate = map(staticmethod, (torch.manual_seed, torch.get_rng_state, torch.set_rng_state))
+
+
+TORCH_RANDOM = TorchRandom()
+hypothesis.register_random(TORCH_RANDOM)
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ from ngcore.bench.harness import (
     table_row,
     write_json,
 )
+from ngcore.data import siren
 from ngcore.tasks import learning_to_optimize
 
 
@@ -188,17 +189,39 @@ def test_command_prints_a_table_and_writes_json(monkeypatch, tmp_path, capsys):
     assert [set(result) for result in results] == [{"name", "unit", "ours", "reference", "ratio", "memory_mb"}] * 2
 
 
-@pytest.mark.parametrize("row", command.BENCHMARKS["models_editing"], ids=lambda row: row.name)
-def test_editing_rows_train(row, monkeypatch):
+MODELS = [row for name in ("models", "models_editing") for row in command.BENCHMARKS[name]]
+
+
+@pytest.mark.parametrize("row", MODELS, ids=lambda row: row.name)
+def test_rows_of_models_train(row, monkeypatch):
     """On a few networks, and here without compiled parts: type checks are on."""
     monkeypatch.setattr(command, "BATCH", 4)
     monkeypatch.setattr(command, "REFERENCE_BATCH", 2)
     monkeypatch.setattr(command, "compiled", lambda model: model)
-    counts = {row.ours: 4, row.reference: 2}
+    counts = {row.ours: 4, row.reference: 4 if row.name == "DWSNet float32" else 2}
     for factory in filter(None, counts):
         workload = factory()
         workload.run()
         assert workload.items == counts[factory]
+
+
+@pytest.mark.parametrize("row", command.BENCHMARKS["epoch"], ids=lambda row: row.name)
+def test_rows_of_epochs_train(row, monkeypatch):
+    monkeypatch.setattr(command, "EPOCH_SIZE", 16)
+    for factory in (row.ours, row.reference):
+        workload = factory()
+        workload.run()
+        assert workload.items == 16
+
+
+def test_both_sides_fit_inrs(monkeypatch):
+    monkeypatch.setattr(command, "FIT_STEPS", 3)
+    monkeypatch.setattr(command, "SINGLE_FIT_STEPS", 2)
+    monkeypatch.setattr(siren, "_compiled_step", lambda: siren._step)
+    for factory, count in ((command.our_inr_fit, 3 * command.NUM_FITS), (command.plain_inr_fit, 2)):
+        workload = factory()
+        workload.run()
+        assert workload.items == count
 
 
 @pytest.mark.parametrize("method", ["NG-GNN", "NG-T"])

@@ -13,8 +13,8 @@ PROFILES = sorted(path.stem for path in (ROOT / "notebooks" / "profiles").glob("
 # What each package may import of the others.
 ALLOWED = {
     "graph": set(),
-    "data": {"files"},
-    "study": {"files"},
+    "data": {"files", "processes"},
+    "study": {"files", "processes"},
     "models": {"graph"},
     "tasks": {"files", "graph", "data", "study", "models"},
     "bench": {"files", "graph", "data", "study", "models", "tasks"},

@@ -35,7 +35,7 @@ def test_initialization_is_the_published_one():
         assert values.std().item() == pytest.approx(32**-0.5 / 3**0.5, rel=0.1)
 
 
-def test_networks_do_not_depend_on_their_batch():
+def test_initial_networks_do_not_depend_on_their_batch():
     whole = siren.initialize(range(4))
     assert torch.equal(whole[2:3], siren.initialize([2]))
 

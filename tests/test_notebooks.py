@@ -9,7 +9,7 @@ from ngcore.study.runs import ROOT
 
 ARTEFACTS = {
     "00": ["figure_1", "figure_5", "figure_6", "figure_symmetry", "figure_residual", "figure_transformer"],
-    "01": ["table_3", "table_4", "figure_2a", "figure_2b", "figure_training_mnist", "figure_confusion_mnist"],
+    "01": ["table_3", "table_4", "figure_2a", "figure_2b", "table_recipes", "figure_training_mnist"],
     "02": [
         *("table_5", "table_networks", "table_edit", "table_transfer", "figure_2c", "figure_edited", "figure_networks"),
         *("figure_edit", "figure_training_editing"),

@@ -56,6 +56,8 @@ NUM_FITS = 16
 FIT_STEPS = 200
 SINGLE_FIT_STEPS = 500
 FIT_LEARNING_RATE = 1e-3
+EPOCH_SIZE = 256
+EPOCH_NOTE = "What an epoch does outside of the model and the optimizer; a ratio above 50 is less than 2 % of it."
 
 
 def our_ng_gnn(precision: Precision) -> Workload:
@@ -286,6 +288,48 @@ def plain_inr_fit() -> Workload:
     )
 
 
+def an_epoch(method: str = "none") -> Workload:
+    """A whole training epoch with augmentation; of the model that does nothing what the data costs is left."""
+    import torch
+
+    from ngcore.data.augment import Augmentation
+    from ngcore.data.inrs import INRSet
+    from ngcore.study.training import Schedule, train_epoch
+    from ngcore.tasks.inr_classification import Classification, build_model
+
+    model = idle_model() if method == "none" else build_model(method)
+    schedule = Schedule(epochs=1, batch=16, micro_batch=8 if method.startswith("NG") else 0)
+    inrs = INRSet(
+        random_networks(EPOCH_SIZE).state_dict(),
+        random_labels(EPOCH_SIZE),
+        torch.arange(EPOCH_SIZE),
+        torch.zeros(EPOCH_SIZE),
+    )
+    problem, optimizer = Classification(model, {"train": inrs}, Augmentation()), adamw(model)
+    return Workload(lambda: train_epoch(problem, schedule, optimizer, 0, 0), EPOCH_SIZE)
+
+
+def idle_model() -> nn.Module:
+    """A classifier that reads nothing."""
+    import torch
+    from torch import nn
+
+    class Idle(nn.Module):
+        wiring = inr_wiring()
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.scores = nn.Parameter(torch.zeros(NUM_CLASSES))
+
+        def fit_normalization(self, graph: NeuralGraph) -> None:
+            pass
+
+        def forward(self, graph: NeuralGraph) -> Tensor:
+            return self.scores.expand(graph.num_networks, -1)
+
+    return Idle()
+
+
 def graph_model_row(
     model: str,
     precision: Precision,
@@ -299,6 +343,10 @@ def graph_model_row(
 def editing_row(model: str, ours: Callable[[], Workload], reference: Callable[[], Workload]) -> Benchmark:
     name = f"{model} editing float32 (reference batch {REFERENCE_BATCH})"
     return Benchmark(name, "networks/s", ours, reference, repetitions=EDITING_REPETITIONS)
+
+
+def data_row(model: str, reference: Callable[[], Workload]) -> Benchmark:
+    return Benchmark(f"All but model and optimizer (reference: epoch of {model})", "networks/s", an_epoch, reference)
 
 
 BENCHMARKS: dict[str, list[Benchmark]] = {
@@ -318,11 +366,12 @@ BENCHMARKS: dict[str, list[Benchmark]] = {
         Benchmark("DWSNet editing float32", "networks/s", our_editing_dwsnet, None),
         Benchmark("NFN_HNP editing float32", "networks/s", our_editing_nfn, None),
     ],
+    "epoch": [data_row("NG-GNN", partial(an_epoch, "NG-GNN")), data_row("DWSNet", partial(an_epoch, "DWSNet"))],
     "graph": GRAPH_ROWS,
     "zoo": ZOO_ROWS,
     "l2o": L2O_ROWS,
 }
-NOTES = {"graph": GRAPH_NOTE, "l2o": L2O_NOTE}
+NOTES = {"epoch": EPOCH_NOTE, "graph": GRAPH_NOTE, "l2o": L2O_NOTE}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

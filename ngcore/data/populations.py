@@ -22,8 +22,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ngcore.data.cnn import Architecture
-from ngcore.data.processes import pool
 from ngcore.files import write_atomically
+from ngcore.processes import pool
 
 REQUIRED = ("network", "run", "accuracy")
 LARGEST = 1e6  # a parameter beyond it is one that diverged, and would spoil the statistics of all networks

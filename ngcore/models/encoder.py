@@ -225,11 +225,11 @@ class Encoder(nn.Module):
         super().__init__()
         check_blocks(wiring)
         self.standardize = Standardize(wiring, normalization)
-        for kind, scalars, own in (
+        for kind, scalars, scale in (
             ("node", 1, sigma),
             ("edge", edge_features, sigma if edge_sigma is None else edge_sigma),
         ):
-            frequencies = None if sigma is None else torch.randn(scalars, FREQUENCIES) * own
+            frequencies = None if sigma is None else torch.randn(scalars, FREQUENCIES) * scale
             self.register_buffer(f"{kind}_frequencies", frequencies)
         self.node_fourier = nn.Linear(1 if sigma is None else 2 * FREQUENCIES, node_width)
         self.edge_fourier = nn.Linear(edge_features if sigma is None else 2 * FREQUENCIES, edge_width)

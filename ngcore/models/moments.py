@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def messages(scale: Tensor, shift: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """FiLM of the pair's linear part by its edge (paper, equation 3), (batch, rows, columns, width)."""
+    """FiLM of the pair's linear part by its edge (paper, equation 4), (batch, rows, columns, width)."""
     return scale * (rows.unsqueeze(2) + columns.unsqueeze(1)) + shift
 
 

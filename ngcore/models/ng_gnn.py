@@ -157,10 +157,10 @@ class NGGNNLayer(PNALayer):
             F.linear(edge, *(affine if direction in self.updated else film)).split(WIDTH, dim=-1)
             for direction, edge in zip(self.directions, edges, strict=True)
         ]
-        to, of = zip(*map(self.message_terms, nodes), strict=True)
+        of_target, of_source = zip(*map(self.message_terms, nodes), strict=True)
         moments: dict[int, tuple[Tensor, ...]] = {}
         for direction, (scale, shift, *_) in zip(self.directions, read, strict=True):
-            found = Moments.apply(scale, shift, to[direction.target], of[direction.source])
+            found = Moments.apply(scale, shift, of_target[direction.target], of_source[direction.source])
             known = moments.get(direction.target)
             moments[direction.target] = found if known is None else combine(known, found)
         for g, v in enumerate(nodes):
@@ -169,12 +169,13 @@ class NGGNNLayer(PNALayer):
         nodes = tuple(self.updated_nodes(g, v, moments[g]) if g in moments else v for g, v in enumerate(nodes))
         if not self.updated:
             return nodes, ()
-        to = [F.linear(v, self.edge_target.weight, self.edge_target.bias) for v in nodes]
-        of = [F.linear(v, self.edge_source.weight, self.edge_source.bias) for v in nodes]
+        of_target = [F.linear(v, self.edge_target.weight, self.edge_target.bias) for v in nodes]
+        of_source = [F.linear(v, self.edge_source.weight, self.edge_source.bias) for v in nodes]
         states = []
         for direction, (*_, state) in zip(self.directions, read, strict=True):
             if direction in self.updated:
-                states.append(F.silu(state + to[direction.target].unsqueeze(2) + of[direction.source].unsqueeze(1)))
+                target, source = of_target[direction.target], of_source[direction.source]
+                states.append(F.silu(state + target.unsqueeze(2) + source.unsqueeze(1)))
         return nodes, tuple(states)
 
     def updated_nodes(self, group: int, v: Tensor, moments: tuple[Tensor, ...]) -> Tensor:

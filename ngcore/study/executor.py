@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import queue
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from ngcore.processes import end_with_parent
 from ngcore.study.runs import Record
 
 Run = Callable[..., Record]  # (config, on_epoch) -> record
@@ -28,13 +27,7 @@ def _start_worker(messages: Any, threads: int) -> None:
     global _messages
     _messages = messages
     torch.set_num_threads(threads)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Where the process that asked for the runs is killed, its workers would go on unseen."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    end_with_parent()
 
 
 def _execute(run: Run, config: Any) -> Record:

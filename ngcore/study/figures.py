@@ -399,7 +399,8 @@ def write_readme(directory: Path, records: Sequence[Mapping[str, Any]], profile:
         f"- device: {every('device')}",
         f"- PyTorch {every('torch')}, Python {every('python')}, ngcore at {every('commit')}",
         "",
-        "Each table's caption states its scale.",
+        "Each table's caption states its scale. Runs are kept while their config and data stay as they are, so they",
+        "come from several commits; -dirty marks changes that were committed later.",
         "",
     ]
     write_atomically(directory / "README.md", "\n".join(lines))

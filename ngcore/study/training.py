@@ -109,7 +109,7 @@ def train(
     if schedule.compiled and hasattr(model, "compile_parts"):
         model.compile_parts()
     for epoch in range(state["epoch"], schedule.epochs):
-        loss = _epoch(problem, schedule, optimizer, seed, epoch, stored)
+        loss = train_epoch(problem, schedule, optimizer, seed, epoch)
         with _evaluation(schedule, model):
             scores = {"train_loss": loss, **problem.validate()}
         _check_finite(stored, epoch, scores, model)
@@ -171,14 +171,7 @@ def learning_rate(schedule: Schedule, step: int, total: int) -> float:
     return schedule.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def _epoch(
-    problem: Problem,
-    schedule: Schedule,
-    optimizer: torch.optim.Optimizer,
-    seed: int,
-    epoch: int,
-    stored: StoredRun,
-) -> float:
+def train_epoch(problem: Problem, schedule: Schedule, optimizer: torch.optim.Optimizer, seed: int, epoch: int) -> float:
     """One pass over the training set; its mean loss."""
     problem.model.train()
     torch.manual_seed(seed * 1_000_003 + epoch)

@@ -17,9 +17,14 @@ def pool(workers: int) -> ProcessPoolExecutor:
 
 def _start() -> None:
     torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """End this worker when its parent does: where that one is killed, its workers would go on unseen."""
+    threading.Thread(target=_wait_for_the_end, daemon=True).start()
+
+
+def _wait_for_the_end() -> None:
     multiprocessing.parent_process().join()
     os._exit(1)
