@@ -1,5 +1,7 @@
 """NG-GNN's aggregation with its backward pass by hand, and dropout from random bits, against torch's own."""
 
+import inspect
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -67,6 +69,21 @@ def test_dropout_draws_anew_and_by_seed():
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
     assert not torch.equal(dropout(x, 0.5, training=True), dropout(x, 0.5, training=True))
+
+
+def test_a_compiler_does_not_take_two_draws_for_one():
+    unchecked = inspect.unwrap(dropout)  # a compiler can't read the type checks of tests
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def twice(x):
+        return unchecked(x, 0.5, True), unchecked(x, 0.5, True)
+
+    x = torch.ones(1000, requires_grad=True)
+    torch.manual_seed(0)
+    one, other = twice(x)
+    assert not torch.equal(one, other)
+    torch.manual_seed(0)
+    assert torch.equal(one, dropout(x, 0.5, training=True))
 
 
 @pytest.mark.parametrize(("probability", "training"), [(0.0, True), (0.5, False)])

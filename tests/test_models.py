@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from properties import permute, random_permutations
+from torch import nn
 
 from ngcore.bench.plain_ng_gnn import PlainNGGNN, to_batch
 from ngcore.bench.plain_ng_t import PlainNGT
@@ -206,3 +207,22 @@ def test_graphs_without_a_batch_axis_are_refused(model, random_graph):
     graph = random_graph(mlp([2, 3, 1]))
     with pytest.raises(ValueError, match="one batch axis, of their networks, not 0"):
         model(graph.wiring, 3).double()(graph[0])
+
+
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.one, self.other = nn.Linear(2, 4), nn.Linear(4, 3), nn.Linear(4, 1)
+
+    def forward(self, x):
+        x = torch.tanh(self.body(x))
+        return self.one(x), self.other(x)
+
+
+def test_several_layers_of_outputs():
+    network = TwoHeads()
+    wiring = trace(network, torch.randn(5, 2))
+    graph = wiring.graph({name: values.detach().unsqueeze(0) for name, values in network.state_dict().items()})
+    assert NGGNN(wiring, 10)(graph).shape == (1, 10)
+    with pytest.raises(ValueError, match="one layer of outputs, and this network has 2: use NGGNN"):
+        NGT(wiring, 10)

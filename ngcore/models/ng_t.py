@@ -287,6 +287,9 @@ class NGT(NGTStack):
     For 10 classes and a 2-32-32-1 network it has 376,586 parameters (the paper states 378,090).
 
     Args: as of `NGTStack`; the head reads one row per output neuron.
+
+    Raises:
+        ValueError: the network has several layers of outputs.
     """
 
     def __init__(
@@ -298,7 +301,9 @@ class NGT(NGTStack):
         sigma: float | None = 1.0,
         **encoding: Any,
     ) -> None:
-        (output,) = wiring.with_role("output")
+        output, *others = wiring.with_role("output")
+        if others:
+            raise ValueError(f"the head reads one layer of outputs, and this network has {1 + len(others)}: use NGGNN")
         read = slice(wiring.offsets[output], wiring.offsets[output + 1])
         super().__init__(wiring, read, (), dropout=dropout, sigma=sigma, **encoding)
         self.head = nn.Sequential(
