@@ -45,6 +45,11 @@ def test_imports_run_downwards(package):
         assert not upwards, f"{module.relative_to(ROOT)} imports {upwards}"
 
 
+def test_what_several_packages_use_imports_none_of_them():
+    for module in (ROOT / "ngcore").glob("*.py"):
+        assert not imported_packages(module.read_text(), ""), module.name
+
+
 def test_the_layering_test_sees_every_form_of_import():
     source = "import ngcore.tasks.inr as t\nfrom ngcore import data\ndef f():\n    from ngcore.models import NGT\n"
     assert imported_packages(source, "graph") == {"tasks", "data", "models"}

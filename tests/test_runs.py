@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from ngcore.data.augment import Augmentation
-from ngcore.files import write_atomically
 from ngcore.study import runs
 from ngcore.study.executor import RunsFailed, execute_all
 from ngcore.study.runs import RunError, StoredRun, read_record
@@ -192,12 +191,6 @@ def test_published_records_are_checked_and_filtered(tmp_path):
         runs.published(tmp_path / "results", "dilation")
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file"):
-        write_atomically(tmp_path / "file" / "below", "text")
-
-
 def test_probes_for_a_method_without_them_are_an_error():
     with pytest.raises(ValueError, match="MLP takes no probe features"):
         task.build_model("MLP", probes=4)
@@ -235,9 +228,14 @@ def test_every_recipe_differs_from_the_tables_in_what_it_names_alone(recipe):
     assert config.recipe == recipe
 
 
-def test_an_unknown_recipe_is_an_error():
+def test_recipes_and_rows_that_are_not_there_are_errors():
+    (config,) = task.row_configs(DATA, SCHEDULE, "NG-GNN", 16, 1, micro_batch={}, compiled=[], dropout=0.1)
     with pytest.raises(ValueError, match="unknown recipe 'salt'; there are smooth, canonical signs"):
-        task.recipe_configs([], "salt", [])
+        task.recipe_configs([config], "salt", [])
+    with pytest.raises(ValueError, match="'smooth' asks for 2 seeds of NG-GNN with 16 probe features, the table has 1"):
+        task.recipe_configs([config], "smooth", [("NG-GNN", 16, 2)])
+    with pytest.raises(ValueError, match="1 seeds of NG-T with 16 probe features, the table has 0"):
+        task.recipe_configs([config], "smooth", [("NG-T", 16, 1)])
 
 
 def test_learning_rates():

@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from ngcore.graph import mlp
+from ngcore.graph import mlp, trace
 from ngcore.graph.simulate import activations
 from ngcore.models.signs import canonical_signs
 from ngcore.tasks.inr_classification import build_model
@@ -64,6 +65,10 @@ def test_a_model_of_canonical_signs_does_not_see_them_and_the_others_do(method, 
 
 
 def test_what_has_no_canonical_sign_is_an_error():
+    network = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
+    traced = trace(network, torch.randn(5, 2))
+    with pytest.raises(ValueError, match="canonical signs are of MLPs"):
+        canonical_signs(traced.graph(random_state(traced, 0)))
     wiring = mlp((2, 3, 1), "relu")
     with pytest.raises(ValueError, match="activation relu"):
         canonical_signs(wiring.graph(random_state(wiring, 0)))

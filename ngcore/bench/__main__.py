@@ -3,6 +3,7 @@
 - `inr_fit`: fitting INRs;
 - `models`, `models_bfloat16`: training steps of the models that classify INRs;
 - `models_editing`: of those that edit INRs, with rendering what they make;
+- `epoch`: what a training epoch costs outside of the model and the optimizer;
 - `graph`: tracing (which also says how many seconds a network takes) and laying weights into the wiring; its workloads
   are in `ngcore.bench.graph`;
 - `zoo`: training populations of CNNs, and the models that read them (`ngcore.bench.zoo`);
@@ -48,7 +49,7 @@ BATCH = 128
 REFERENCE_BATCH = 32  # the plain graph models handle more networks per second at this batch size than at 128
 # networks per pass of our graph models, whose gradients add up: it keeps the work in the cache
 NG_GNN_MICRO_BATCH = 16
-NG_T_MICRO_BATCH = 4
+NG_T_MICRO_BATCH = 16
 NG_GNN_EDITING_MICRO_BATCH = 8
 NG_T_EDITING_MICRO_BATCH = 4
 EDITING_REPETITIONS = 3  # of the graph models: compiling takes most of the row's time

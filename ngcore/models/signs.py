@@ -7,21 +7,29 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ngcore.graph.neural_graph import NeuralGraph
+from ngcore.graph import NeuralGraph
+from ngcore.models.encoder import check_blocks
 
 ODD = ("siren", "sine", "tanh", "erf", "softsign", "identity")  # f(-x) = -f(x)
 
 
 def canonical_signs(graph: NeuralGraph) -> NeuralGraph:
-    """The same functions with hidden neurons negated where their bias is: of 2^hidden equal networks one is left.
+    """The same functions of MLPs with hidden neurons negated where their bias is: of the 2^hidden networks that differ
+    in signs alone one is left (where no bias is 0).
 
     With s a hidden neuron's sign, -1 or 1, its bias, its incoming and its outgoing weights are multiplied by s:
     f(s z) s = f(z) for odd f.
 
     Raises:
-        ValueError: names a group of hidden neurons whose activation is not odd, or that have no biases.
+        ValueError: a wiring that was traced, which may do more than an MLP; a block as of `check_blocks`; names a group
+            of hidden neurons whose activation is not odd, or that have no biases.
     """
     wiring, signs = graph.wiring, {}
+    if wiring.steps:
+        raise ValueError(
+            "canonical signs are of MLPs, by `ngcore.graph.mlp`: what a traced network does may depend on signs"
+        )
+    check_blocks(wiring)
     for g in wiring.with_role("hidden"):
         group = wiring.groups[g]
         if group.activation not in ODD or group.bias is None:

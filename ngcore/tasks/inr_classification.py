@@ -43,7 +43,7 @@ class Config:
         method: a key of METHODS.
         probes: probe points of NG-GNN and NG-T.
         options: further arguments of the model, as pairs.
-        recipe: "paper" for the paper's model, else what the tables call the variant that the options make.
+        recipe: "paper" for a row of the tables, else the key of `RECIPES` that it was made by.
     """
 
     dataset: str
@@ -131,13 +131,19 @@ def recipe_configs(configs: Collection[Config], recipe: str, rows: Collection[tu
     """Of some rows (method, probes, seeds) of a table the same runs by another recipe.
 
     Raises:
-        ValueError: an unknown recipe.
+        ValueError: an unknown recipe; a row that the table has not, or not with so many seeds.
     """
     if recipe not in RECIPES:
         raise ValueError(f"unknown recipe {recipe!r}; there are {', '.join(RECIPES)}")
-    seeds = {(method, probes): count for method, probes, count in rows}
-    asked = [config for config in configs if config.seed < seeds.get((config.method, config.probes), 0)]
-    return [_by_recipe(config, recipe) for config in asked]
+    found = []
+    for method, probes, seeds in rows:
+        own = [config for config in configs if (config.method, config.probes) == (method, probes)]
+        if not 0 < seeds <= len(own):
+            raise ValueError(
+                f"{recipe!r} asks for {seeds} seeds of {method} with {probes} probe features, the table has {len(own)}"
+            )
+        found += [_by_recipe(config, recipe) for config in own[:seeds]]
+    return found
 
 
 def _by_recipe(config: Config, recipe: str) -> Config:

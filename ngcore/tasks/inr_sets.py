@@ -72,7 +72,7 @@ def images_of(data: INRData) -> dict[str, Float[Tensor, "n 28 28"]]:
 def load_data(data: INRData, device: str) -> tuple[dict[str, INRSet], str]:
     """The INRs on a device and the digest of all of them; kept for the process's further runs.
 
-    What is not stored is fitted here on one core and uncompiled: fit with `fit_inrs` first, so that all runs find it.
+    What is not stored is fitted in this process and uncompiled: fit with `fit_inrs` first, so that all runs find it.
     """
     sets = fit_inrs(data, workers=1)
     tensors = (t for inrs in sets.values() for t in (*inrs.parameters.values(), inrs.labels))
