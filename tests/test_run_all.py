@@ -201,6 +201,16 @@ def test_notebook_gets_its_parameters_and_this_interpreter(study, capsys):
     assert "00_good  " in capsys.readouterr().out
 
 
+def test_of_a_progress_bar_the_last_state_is_kept(study):
+    show = "from tqdm import tqdm\nfor _ in tqdm(range(50), mininterval=0, desc='fitting'):\n    pass"
+    write_notebook(study / "notebooks" / "00_good.ipynb", show)
+    execute("tiny", ["00"], root=study)
+    directory = study / "executed" / "tiny"
+    (bar,) = printed(directory / "00_good.ipynb")
+    assert bar.startswith("fitting: 100%")
+    assert (directory / "00_good.html").read_text().count("it/s]") == 1
+
+
 def test_without_training_a_failing_cell_is_named_and_what_was_shown_is_kept(study):
     write_notebook(study / "notebooks" / "00_good.ipynb", "print(train)")
     with pytest.raises(NotebookError, match=r"01_bad\.ipynb, cell .* 'value = 1 / 0': ZeroDivisionError: division"):

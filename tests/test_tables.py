@@ -155,6 +155,8 @@ def test_scale_in_words(records):
     records[0]["config"]["epochs"] = records[1]["config"]["epochs"] = records[2]["config"]["epochs"] = 1000
     text = describe_scale(records, "cpu", {"epochs": "epochs"})
     assert text == "Profile cpu: 20 to 1,000 epochs; 1 to 3 seeds; device cpu."
+    text = describe_scale([record("MLP", 0, 0, 1.0, epochs=1)], "cpu", {"epochs": "epochs", "probes": "probes"})
+    assert text == "Profile cpu: 1 epoch, 0 probes; 1 seed; device cpu."
 
 
 def test_saved_figures_are_reproducible(table, tmp_path):
@@ -258,3 +260,15 @@ def test_predictions_are_drawn_against_the_truth():
         assert ax.get_xlabel() == "True accuracy (%)"
         np.testing.assert_array_equal(ax.get_lines()[0].get_xdata(), [10, 40])
     plt.close(fig)
+
+
+def test_a_figure_without_a_layout_is_saved_as_it_is(tmp_path, recwarn):
+    with matplotlib.rc_context():
+        figures.style()
+        fig = plt.figure(layout="none")
+        ax = fig.add_axes((0.1, 0.1, 0.5, 0.5))
+        figures.save_figure(fig, tmp_path, "a")
+        assert fig.get_layout_engine() is None
+        assert ax.get_position().bounds == pytest.approx((0.1, 0.1, 0.5, 0.5))
+        plt.close(fig)
+    assert not recwarn.list

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ngcore.data import siren
 from ngcore.data.images import Images, load_images

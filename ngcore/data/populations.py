@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ngcore.data.cnn import Architecture
 from ngcore.files import write_atomically

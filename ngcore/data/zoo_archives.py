@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ngcore.data.cifar10_gs import architecture as small_cnn
 from ngcore.data.cnn import Architecture

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -75,10 +76,11 @@ def figures_directory(profile: str) -> Path:
 
 def save_figure(fig: Figure, directory: Path, name: str) -> None:
     """Write `name.pdf` and `name.png` (200 dpi) into `directory`; the same figure gives the same bytes."""
-    directory.mkdir(parents=True, exist_ok=True)
     for suffix, metadata in _METADATA.items():
         buffer = io.BytesIO()
-        fig.savefig(buffer, format=suffix, dpi=200, bbox_inches="tight", metadata=metadata)
+        # Saving sets the layout anew: by these parameters, which must not give one to a figure that has none.
+        with matplotlib.rc_context({"figure.constrained_layout.use": False}):
+            fig.savefig(buffer, format=suffix, dpi=200, bbox_inches="tight", metadata=metadata)
         write_atomically(directory / f"{name}.{suffix}", buffer.getvalue())
 
 

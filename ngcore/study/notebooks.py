@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import nbconvert
+import nbformat
 import papermill
 from nbclient.exceptions import CellControlSignal, DeadKernelError
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from papermill.exceptions import PapermillExecutionError
 
 from ngcore.files import write_atomically
@@ -130,7 +132,11 @@ def _describe(error: PapermillExecutionError, notebook: Path, directory: Path) -
 
 
 def _publish(partial: Path, target: Path) -> None:
-    """Write the HTML of an executed notebook beside it, then let the notebook itself appear."""
-    html, _ = nbconvert.HTMLExporter().from_filename(str(partial), resources={"metadata": {"name": target.stem}})
+    """Write the HTML of an executed notebook, then the notebook itself; of every progress bar its last state alone."""
+    resources = {"metadata": {"name": target.stem}}
+    tidy = CoalesceStreamsPreprocessor(enabled=True)
+    notebook, resources = tidy.preprocess(nbformat.read(partial, as_version=4), resources)
+    html, _ = nbconvert.HTMLExporter().from_notebook_node(notebook, resources)
     write_atomically(target.with_suffix(".html"), html)
-    os.replace(partial, target)
+    write_atomically(target, nbformat.writes(notebook))
+    partial.unlink()

@@ -180,15 +180,13 @@ def describe_scale(records: Sequence[Mapping[str, Any]], profile: str, fields: M
     Returns:
         Such as "Profile cpu: 4,096 training INRs, 10 to 20 epochs; 1 to 2 seeds; device cpu."
     """
-    sizes = [
-        f"{_range([_field(record['config'], name) for record in records])} {words}" for name, words in fields.items()
-    ]
+    sizes = [_counted([_field(record["config"], name) for record in records], words) for name, words in fields.items()]
     runs: dict[str, int] = {}
     for record in records:
         row = str(sorted((name, value) for name, value in record["config"].items() if name != "seed"))
         runs[row] = runs.get(row, 0) + 1
     devices = sorted({str(record["environment"]["device"]) for record in records})
-    seeds = f"{_range(list(runs.values()))} seed{'s' if max(runs.values()) > 1 else ''}"
+    seeds = _counted(list(runs.values()), "seeds")
     return f"Profile {profile}: {', '.join(sizes)}; {seeds}; device {', '.join(devices)}."
 
 
@@ -200,10 +198,11 @@ def _field(config: Mapping[str, Any], name: str) -> int:
     return value
 
 
-def _range(values: Sequence[int]) -> str:
-    """Such as "5" or "5 to 1,000"."""
+def _counted(values: Sequence[int], words: str) -> str:
+    """Such as "1 epoch", "5 epochs" or "5 to 1,000 epochs"."""
     low, high = min(values), max(values)
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+    number = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+    return f"{number} {words.removesuffix('s') if high == 1 else words}"
 
 
 def write_table(
