@@ -27,6 +27,7 @@ from ngcore.study.training import Schedule
 from ngcore.tasks import ablations, architectural_noise, generalization, inr_classification, loss_curves, zoos
 from ngcore.tasks.inr_classification import Config, build_model
 from ngcore.tasks.inr_sets import WIRING, INRData
+from ngcore.tasks.variants import changed as changed_config
 
 SMALL_PARK = zoos.Zoo(24, wild_park.Recipe(64, 50, 2, 2))
 
@@ -423,9 +424,10 @@ def test_full_models_are_the_tables_own_runs_and_are_run_once(monkeypatch):
     ]
 
 
-def test_changes_are_fields_or_options():
+def test_changes_are_of_fields_of_the_schedule_or_options():
     config = Config("mnist", "MLP", 0, 0, INRData("mnist", 1, 1, 1, 1, 1e-3), Schedule(1), None, (("dropout", 0.0),))
-    changed = ablations.changed(config, augmentation=ablations.ORDER, positions=False)
+    changed = changed_config(config, augmentation=ablations.ORDER, positions=False, batch=7)
+    assert changed.schedule == Schedule(1, batch=7)
     assert changed.augmentation == ablations.ORDER
     assert changed.options == (("dropout", 0.0), ("positions", False))
 

@@ -31,7 +31,7 @@ MAX_IMAGES = 100_000  # more than any split holds
 SHARD = 256  # networks per file
 BATCH = {"cpu": 16, "cuda": SHARD}  # networks per tensor program: on a CPU the working set stays in its cache
 
-# (data/README.md) Mean and standard deviation of each parameter over the published training sets; 0.0: "near 0".
+# Of each parameter over the published training sets (data/README.md): mean, 0.0 for "near 0", and deviation.
 PUBLISHED = {
     "mnist": ((0.0, 0.0628), (0.0, 0.0213), (0.0, 0.0183), (0.0, 0.0110), (0.0, 0.1179), (-0.0124, 0.0999)),
     "fashion_mnist": ((0.0, 0.0782), (0.0, 0.0286), (0.0, 0.0324), (0.0, 0.0167), (0.0, 0.1345), (-0.0203, 0.0960)),

@@ -402,7 +402,7 @@ def write_readme(directory: Path, records: Sequence[Mapping[str, Any]], profile:
         f"- PyTorch {every('torch')}, Python {every('python')}, ngcore at {every('commit')}",
         "",
         "Each table's caption states its scale. Runs are kept while their config and data stay as they are, so they",
-        "come from several commits; -dirty marks changes that were committed later.",
+        "come from several commits; -dirty marks one with changes that were not yet committed.",
         "",
     ]
     write_atomically(directory / "README.md", "\n".join(lines))

@@ -14,6 +14,7 @@ from ngcore.data.augment import Augmentation
 from ngcore.study.executor import execute_all
 from ngcore.study.runs import Record, run_hash
 from ngcore.tasks import generalization, inr_classification
+from ngcore.tasks.variants import changed
 
 RUN = {"inr_classification": inr_classification.run, "generalization": generalization.run}
 # Edges of "both" have the sum of two Fourier frequencies, which has this deviation: variants with one get it too.
@@ -56,15 +57,6 @@ class Trial:
     question: str
     variant: str
     config: Any
-
-
-def changed(config: Any, **changes: Any) -> Any:
-    """A config with some of its fields changed; what is no field of it is an option of its model."""
-    fields = {name: value for name, value in changes.items() if hasattr(config, name)}
-    options = {name: value for name, value in changes.items() if name not in fields}
-    if options:
-        fields["options"] = (*config.options, *options.items())
-    return replace(config, **fields)
 
 
 def trials(question: str, configs: Iterable[Any], variants: Sequence[str] = ()) -> list[Trial]:

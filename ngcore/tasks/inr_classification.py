@@ -19,6 +19,7 @@ from ngcore.models.signs import CanonicalSigns
 from ngcore.study.runs import Record, StoredRun, cache_directory
 from ngcore.study.training import Schedule, train
 from ngcore.tasks.inr_sets import WIRING, INRData, build, evaluation_batches, load_data
+from ngcore.tasks.variants import changed
 
 CLASSES = 10
 FASHION_LABELS = (
@@ -75,8 +76,8 @@ ROWS = (
 )  # of tables 3 and 4: method and number of probe features
 
 
-# Ways of training that are not the paper's: what differs from a row of the tables, in its schedule, in its
-# augmentation, or else in options of its model. Under "smooth", nearby weights get nearby Fourier features.
+# Ways of training that are not the paper's: what differs from a row of the tables, as of `changed`. Under "smooth",
+# nearby weights get nearby Fourier features.
 RECIPES: dict[str, dict[str, Any]] = {
     "smooth": {"sigma": 0.3},
     "canonical signs": {"signs": "canonical"},
@@ -142,22 +143,12 @@ def recipe_configs(configs: Collection[Config], recipe: str, rows: Collection[tu
             raise ValueError(
                 f"{recipe!r} asks for {seeds} seeds of {method} with {probes} probe features, the table has {len(own)}"
             )
-        found += [_by_recipe(config, recipe) for config in own[:seeds]]
+        found += [changed(config, **RECIPES[recipe], recipe=recipe) for config in own[:seeds]]
     return found
-
-
-def _by_recipe(config: Config, recipe: str) -> Config:
-    changes = dict(RECIPES[recipe])
-    augmentation = changes.pop("augmentation", config.augmentation)
-    scheduled = {name: changes.pop(name) for name in tuple(changes) if hasattr(config.schedule, name)}
-    schedule, options = replace(config.schedule, **scheduled), (*config.options, *changes.items())
-    return replace(config, schedule=schedule, augmentation=augmentation, options=options, recipe=recipe)
 
 
 # How biases stand on the graph: as features of the neurons that they belong to, or as edges from nodes of their own.
 BIASES = {"feature": WIRING, "node": bias_nodes(WIRING)}
-
-
 SIGNS = {"fitted": lambda model: model, "canonical": CanonicalSigns}  # of hidden neurons, as a model reads them
 
 
