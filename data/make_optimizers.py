@@ -8,9 +8,9 @@ must lie in the cache, as they do after `./run_all.sh --profile P --only 04`.
 
 import argparse
 
+from ngcore.models.optimizers.files import SHIPPED, save
 from ngcore.study import runs
 from ngcore.tasks.meta_training import trained
-from ngcore.tasks.optimizer_files import SHIPPED, save
 
 
 def main() -> None:

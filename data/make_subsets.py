@@ -11,7 +11,8 @@ import io
 import os
 from pathlib import Path
 
-from ngcore.data import images, sources
+from ngcore.data.images.subsets import sources
+from ngcore.data.images.subsets import subsets as images
 
 
 def main() -> None:

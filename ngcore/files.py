@@ -1,9 +1,17 @@
-"""Writing files so that a reader never meets half of one."""
+"""Where the project's own files are, and writing files so that a reader never meets half of one."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+
+REPOSITORY: Path | None = _PACKAGE.parent if (_PACKAGE.parent / "pyproject.toml").is_file() else None
+"""The checkout that ngcore is used from; None where it is installed from a wheel."""
+
+SHIPPED = REPOSITORY / "data" if REPOSITORY else _PACKAGE / "shipped"
+"""Image subsets, learned optimizers and published numbers that come with ngcore."""
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

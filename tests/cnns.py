@@ -4,8 +4,8 @@ import torch
 from hypothesis import strategies as st
 from torch import nn
 
-from ngcore.data.cnn import ACTIVATIONS
-from ngcore.graph.cnn import cnn
+from ngcore.data.zoos.cnn import ACTIVATIONS
+from ngcore.graph.architectures import cnn
 
 INPUTS = 3
 RESIDUAL = cnn((3, 4, 2, 5), (3, 1, 5), ("relu", "tanh", "gelu"), (-1, -1, 0), 2)

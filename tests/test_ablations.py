@@ -10,18 +10,18 @@ from hypothesis import strategies as st
 from properties import permute
 from scipy import stats
 
-from ngcore.bench.plain_ng_gnn import PlainNGGNN, PNAAggregation, to_batch
-from ngcore.data import wild_park
-from ngcore.data.augment import Augmentation, permuted
-from ngcore.data.cnn import CNN, Architecture
+from ngcore.data.inrs.augment import Augmentation, permuted
+from ngcore.data.zoos import wild_park
+from ngcore.data.zoos.cnn import CNN, Architecture
 from ngcore.graph import mlp, trace
-from ngcore.graph.bias_nodes import bias_nodes
-from ngcore.graph.collection import Collection
+from ngcore.graph.batch import Collection
+from ngcore.graph.dialects import bias_nodes
 from ngcore.graph.simulate import activations
 from ngcore.models import NGGNN, NGT
 from ngcore.models.encoder import ProbeFeatures, Standardize, grid
 from ngcore.models.heterogeneous import HeterogeneousNGGNN, HeterogeneousNGT
 from ngcore.models.ng_gnn import DIRECTIONS, EquivariantNGGNN
+from ngcore.reference.ng_gnn import PlainNGGNN, PNAAggregation, to_batch
 from ngcore.study import comparison, tables
 from ngcore.study.training import Schedule
 from ngcore.tasks import ablations, architectural_noise, generalization, inr_classification, loss_curves, zoos

@@ -5,10 +5,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ngcore.data import cifar10_gs, small_zoo
-from ngcore.data.cifar10_gs import PART, Recipe, generate_zoo, train_part
-from ngcore.data.cnn import CNN
-from ngcore.data.images import load_images
+from ngcore.data.images.subsets import load_images
+from ngcore.data.zoos import cifar10_gs, small_zoo
+from ngcore.data.zoos.cifar10_gs import PART, Recipe, generate_zoo, train_part
+from ngcore.data.zoos.cnn import CNN
 
 RECIPE = Recipe(train_images=50, test_images=40, steps=3)
 

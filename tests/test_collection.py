@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from properties import difference, outputs, randomized
 from torch import nn
 
-from ngcore.data.cnn import CNN, Architecture
+from ngcore.data.zoos.cnn import CNN, Architecture
 from ngcore.graph import Wiring, mlp, trace
-from ngcore.graph.cnn import cnn
-from ngcore.graph.collection import Collection, Frame
-from ngcore.graph.wiring import Block, Group, View
+from ngcore.graph.architectures import cnn
+from ngcore.graph.batch import Collection, Frame
+from ngcore.graph.structure import Block, Group, View
 
 
 def edges_of_batch(batch):

@@ -36,7 +36,7 @@ for plain, copied in zip(eager, numbers_and_gradients(), strict=True):
 
 FIT = """
 import torch
-from ngcore.data import siren
+from ngcore.data.inrs.sets import siren
 
 x, y = siren.pixel_coordinates()
 images = torch.stack([0.5 + 0.3 * torch.sin(x + phase) * torch.cos(y) for phase in (0, 1)]).unflatten(1, (28, 28))

@@ -9,8 +9,8 @@ from torch import nn
 from torch_geometric.data import Batch
 
 from ngcore.graph import mlp, trace
-from ngcore.graph.data import ACTIVATIONS, EDGE_KINDS, kernel_places
 from ngcore.graph.parameter_graph import EDGE_TYPES, NODE_TYPES, to_parameter_graph
+from ngcore.graph.pyg import ACTIVATIONS, EDGE_KINDS, kernel_places
 
 INPUT, HIDDEN, OUTPUT = 0, 1, 2
 KIND = {name: i for i, name in enumerate(EDGE_KINDS)}

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from properties import permute, random_permutations
 from weight_spaces import ARCHITECTURES, assert_same_graph, random_graph, wiring_of
 
-from ngcore.bench.plain_dws import PlainDWSNet
 from ngcore.graph import Wiring, mlp
 from ngcore.models.baselines import DWSNet, EquivariantDWSNet
 from ngcore.models.baselines.weight_space import EquivariantLayer, WeightSpace, max_over
+from ngcore.reference.dws import PlainDWSNet
 
 
 def both_forms(wiring: Wiring, **settings) -> tuple[DWSNet, PlainDWSNet]:

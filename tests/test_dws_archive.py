@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ngcore.data.dws_archive import read_archive
+from ngcore.data.inrs.archive import read_archive
 
 MNIST = {
     "mnist_png_testing_7_3": "test",

@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ngcore.bench.plain_editing import PlainEditor
-from ngcore.bench.plain_ng_gnn import PlainEquivariantNGGNN, to_batch
-from ngcore.bench.plain_ng_t import PlainEquivariantNGT
-from ngcore.data.siren import render
+from ngcore.data.inrs.siren import render
 from ngcore.graph import NeuralGraph, mlp, trace
 from ngcore.models import Editor, EquivariantNGGNN, EquivariantNGT
 from ngcore.models.baselines import EquivariantDWSNet, EquivariantNFN
 from ngcore.models.editing import outputs_first
+from ngcore.reference.editing import PlainEditor
+from ngcore.reference.ng_gnn import PlainEquivariantNGGNN, to_batch
+from ngcore.reference.ng_t import PlainEquivariantNGT
 
 INR = mlp([2, 32, 32, 1], "siren")
 SMALL = mlp([2, 5, 4, 1], "siren")  # drawn as an INR is

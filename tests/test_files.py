@@ -9,12 +9,15 @@ import pytest
 import torch
 
 from ngcore.bench import harness
-from ngcore.data import inrs, populations, siren, sources
-from ngcore.data.cnn import CNN, Architecture
+from ngcore.data.images.subsets import sources
+from ngcore.data.inrs.sets import sets as inrs
+from ngcore.data.inrs.sets import siren
+from ngcore.data.zoos import populations
+from ngcore.data.zoos.cnn import CNN, Architecture
 from ngcore.files import write_atomically
 from ngcore.models.optimizers import LearnedOptimizer
+from ngcore.models.optimizers import files as optimizer_files
 from ngcore.study import runs
-from ngcore.tasks import optimizer_files
 
 
 @contextmanager

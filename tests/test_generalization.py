@@ -8,8 +8,8 @@ import pytest
 import torch
 from scipy.stats import kendalltau
 
-from ngcore.data import cifar10_gs, wild_park
-from ngcore.data.cnn import CNN
+from ngcore.data.zoos import cifar10_gs, wild_park
+from ngcore.data.zoos.cnn import CNN
 from ngcore.models.baselines import StatNN
 from ngcore.models.baselines.stat_nn import statistics
 from ngcore.study.training import DivergedError, Schedule

@@ -9,14 +9,14 @@ from cnns import RESIDUAL, SHALLOW, GroupedCNN, architectures, random_graphs, wi
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ngcore.bench.plain_heterogeneous import PlainHeterogeneousNGGNN, PlainHeterogeneousNGT, to_batch, to_data_list
-from ngcore.data.cnn import ACTIVATIONS
-from ngcore.data.wild_park import draw_architecture
+from ngcore.data.zoos.cnn import ACTIVATIONS
+from ngcore.data.zoos.wild_park import draw_architecture
 from ngcore.graph import Wiring, mlp, trace
-from ngcore.graph.cnn import cnn
-from ngcore.graph.collection import Collection, Frame
-from ngcore.graph.wiring import Block, Group
+from ngcore.graph.architectures import cnn
+from ngcore.graph.batch import Collection, Frame
+from ngcore.graph.structure import Block, Group
 from ngcore.models.heterogeneous import FrameStandardize, HeterogeneousNGGNN, HeterogeneousNGT, padded
+from ngcore.reference.heterogeneous import PlainHeterogeneousNGGNN, PlainHeterogeneousNGT, to_batch, to_data_list
 
 WILD_PARK = Frame((7, 7), 3, 10, 5, tuple(sorted(ACTIVATIONS)))
 FRAME = replace(WILD_PARK, outputs=2, layers=4)

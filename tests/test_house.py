@@ -12,12 +12,13 @@ PROFILES = sorted(path.stem for path in (ROOT / "notebooks" / "profiles").glob("
 
 # What each package may import of the others.
 ALLOWED = {
-    "graph": set(),
-    "data": {"files", "processes"},
+    "graph": {"activations"},
+    "data": {"activations", "files", "processes"},
     "study": {"files", "processes"},
-    "models": {"graph"},
-    "tasks": {"files", "graph", "data", "study", "models"},
-    "bench": {"files", "graph", "data", "study", "models", "tasks"},
+    "models": {"activations", "files", "graph"},
+    "reference": {"activations", "graph", "models", "data"},
+    "tasks": {"activations", "files", "graph", "data", "study", "models"},
+    "bench": {"activations", "files", "reference", "graph", "data", "study", "models", "tasks"},
 }
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from ngcore.data import images, sources
-from ngcore.data.images import Images, load_images
+from ngcore.data.images.subsets import Images, load_images, sources
+from ngcore.data.images.subsets import subsets as images
 
 NO_CACHE = Path("/nonexistent")
 SUBSETS = [(name, split) for name, sizes in images.SUBSET_SIZES.items() for split in sizes]

@@ -7,8 +7,8 @@ import pytest
 import scipy.ndimage
 import torch
 
-from ngcore.data import siren
-from ngcore.data.edits import ANGLE, dilate, erode, rotate
+from ngcore.data.inrs.edits import ANGLE, dilate, erode, rotate
+from ngcore.data.inrs.sets import siren
 from ngcore.study.runs import RunError, StoredRun, tensor_digest
 from ngcore.study.training import DivergedError, Schedule
 from ngcore.tasks import inr_editing as task

@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ngcore.bench.plain_inr import fit_one
-from ngcore.data import inrs, siren
-from ngcore.data.augment import Augmentation, rotation
-from ngcore.data.inrs import INRSet, Recipe, fit_set, layer_statistics
+from ngcore.data.inrs.augment import Augmentation, rotation
+from ngcore.data.inrs.sets import INRSet, Recipe, fit_set, layer_statistics, siren
+from ngcore.data.inrs.sets import sets as inrs
+from ngcore.reference.inr import fit_one
 
 RECIPE = Recipe("mnist", "test", steps=3, learning_rate=1e-3)
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from ngcore.models.dropout import dropout
-from ngcore.models.moments import Moments, messages
+from ngcore.models.kernels.dropout import dropout
+from ngcore.models.kernels.moments import Moments, messages
 
 
 def leaves(batch, targets, sources, width, values=torch.randn):

@@ -9,12 +9,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from ngcore.models.optimizers import METHODS, Layout, LearnedOptimizer
+from ngcore.models.optimizers.files import save
 from ngcore.study.runs import RunError, StoredRun
 from ngcore.study.training import DivergedError
 from ngcore.tasks import learning_to_optimize, meta_training
 from ngcore.tasks.meta_training import Config, Learner, MetaTraining, meta_backward, unroll
 from ngcore.tasks.optimization import FIRST_SEED, ImageTask, Task, task_cnn, train_network
-from ngcore.tasks.optimizer_files import save
 
 TINY = ImageTask("fashion_mnist", (3, 4, 3), train_images=64, validation_images=32, test_images=32, batch=8)
 each_method = pytest.mark.parametrize("method", METHODS)
@@ -173,7 +173,7 @@ def test_runs_are_stored_and_name_what_is_missing(tmp_path):
 
 def test_a_shipped_optimizer_is_part_of_a_runs_data(tmp_path, monkeypatch):
     """Other weights under the same name are another run."""
-    monkeypatch.setattr("ngcore.tasks.optimizer_files.SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr("ngcore.models.optimizers.files.OPTIMIZERS", tmp_path / "shipped")
     (config,) = learning_to_optimize.configs_of(
         ["FF"], {"none": TINY}, 1, {"FF": "shipped"}, 1e-3, steps=2, curve_every=2, curve_images=8
     )

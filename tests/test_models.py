@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 from properties import permute, random_permutations
 from torch import nn
 
-from ngcore.bench.plain_ng_gnn import PlainNGGNN, to_batch
-from ngcore.bench.plain_ng_t import PlainNGT
 from ngcore.graph import NeuralGraph, mlp, trace
 from ngcore.graph.simulate import activations
 from ngcore.models import NGGNN, NGT
 from ngcore.models.encoder import ProbeFeatures, Standardize
+from ngcore.reference.ng_gnn import PlainNGGNN, to_batch
+from ngcore.reference.ng_t import PlainNGT
 
 INR = mlp([2, 32, 32, 1], "siren")
 MODELS = [NGGNN, NGT]

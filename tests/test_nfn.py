@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from properties import permute, random_permutations
 from weight_spaces import ARCHITECTURES, CNN, assert_same_graph, cnn, name_of, partly_biased, random_graph, wiring_of
 
-from ngcore.bench.plain_nfn import PlainNFLayer, cut
 from ngcore.graph import NeuralGraph, Wiring, mlp
 from ngcore.models.baselines import NFN, EquivariantDWSNet, EquivariantNFN
 from ngcore.models.baselines.weight_space import EquivariantLayer, WeightSpace
+from ngcore.reference.nfn import PlainNFLayer, cut
 
 INR = mlp([2, 32, 32, 1], "siren")
 SMALL = {"channels": (3, 4), "dropout": 0.0}

@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from ngcore.data.cnn import CNN, Architecture
+from ngcore.data.zoos.cnn import CNN, Architecture
 from ngcore.graph import TraceError
 from ngcore.models.optimizers import FEATURES, METHODS, BoundOptimizer, Layout, LearnedOptimizer
 from ngcore.models.optimizers.context import NFNContext, NGGNNContext
+from ngcore.models.optimizers.files import RULE, load, provenance, save, shipped
 from ngcore.models.optimizers.learned import ALPHA, BETA, DECAYS, P, log_and_sign, scalar_features
-from ngcore.tasks.optimizer_files import RULE, load, provenance, save, shipped
 
 each_method = pytest.mark.parametrize("method", METHODS)
 each_mode = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

@@ -6,8 +6,8 @@ import torch
 from ngcore.bench.graph import GRAPH_ROWS, plain_dense, plan_of
 from ngcore.bench.harness import DoesNotFitError
 from ngcore.bench.networks import INR, WildParkCNN
-from ngcore.bench.plain_graph import dense, dense_bytes, edge_list, plan_gpt2, plan_resnet, plan_vit
 from ngcore.graph import trace
+from ngcore.reference.graph import dense, dense_bytes, edge_list, plan_gpt2, plan_resnet, plan_vit
 
 NETWORKS = {
     "inr": lambda: (INR((2, 5, 4, 3)), torch.zeros(5, 2)),

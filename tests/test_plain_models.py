@@ -7,11 +7,12 @@ import torch
 from properties import permute, random_permutations
 from torch import Tensor
 
-from ngcore.bench import plain_ng_gnn, plain_ng_t
-from ngcore.bench.plain_inr import Siren, fit_one, pixel_coordinates
-from ngcore.bench.plain_ng_gnn import PlainNGGNN, mean_log_degree, to_batch, to_data_list
-from ngcore.bench.plain_ng_t import PlainNGT
 from ngcore.graph import NeuralGraph, Wiring, mlp
+from ngcore.reference import ng_gnn as plain_ng_gnn
+from ngcore.reference import ng_t as plain_ng_t
+from ngcore.reference.inr import Siren, fit_one, pixel_coordinates
+from ngcore.reference.ng_gnn import PlainNGGNN, mean_log_degree, to_batch, to_data_list
+from ngcore.reference.ng_t import PlainNGT
 
 MODELS = [PlainNGGNN, PlainNGT]
 INR = mlp([2, 32, 32, 1], "siren")

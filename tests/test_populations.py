@@ -20,9 +20,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy.special import erf, expit
 
-from ngcore.data import populations
-from ngcore.data.cnn import ACTIVATIONS, CNN, Architecture
-from ngcore.data.populations import (
+from ngcore.data.zoos import populations
+from ngcore.data.zoos.cnn import ACTIVATIONS, CNN, Architecture
+from ngcore.data.zoos.populations import (
     Checkpoints,
     GenerationFailed,
     Population,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ngcore.graph.trace import RULES
+from ngcore.graph.tracing.reader import RULES
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ngcore.data.augment import Augmentation
+from ngcore.data.inrs.augment import Augmentation
 from ngcore.study import runs
 from ngcore.study.executor import RunsFailed, execute_all
 from ngcore.study.runs import RunError, StoredRun, read_record

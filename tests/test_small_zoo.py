@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from ngcore.bench.plain_zoo import SmallCNN, train_one
-from ngcore.data import small_zoo
-from ngcore.data.small_zoo import Choices, Draw, accuracy, draw, train
+from ngcore.data.zoos import small_zoo
+from ngcore.data.zoos.small_zoo import Choices, Draw, accuracy, draw, train
+from ngcore.reference.zoo import SmallCNN, train_one
 
 ADAM = Draw("adam", 1e-2, "he_normal", scale=1.0, l2=1e-3, dropout=0.0, fraction=0.5)
 DRAWS = [
@@ -215,7 +215,7 @@ def test_unknown_hyperparameters_are_named(change, message):
 
 COMPILED = """
 import torch
-from ngcore.data import small_zoo
+from ngcore.data.zoos import small_zoo
 from ngcore.study.training import can_compile
 
 if not can_compile():

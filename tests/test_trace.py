@@ -13,7 +13,7 @@ from properties import changes_alone, difference, outputs, randomized, times_pla
 from torch import nn
 
 from ngcore.graph import TraceError, rule, trace
-from ngcore.graph.trace import RULES
+from ngcore.graph.tracing.reader import RULES
 
 few = settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
 ACTIVATIONS = [nn.Tanh, nn.SiLU, nn.GELU, nn.Softplus, nn.Sigmoid]

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from ngcore.data import populations, wild_park
-from ngcore.data.cnn import ACTIVATIONS, CNN
-from ngcore.data.images import load_images
-from ngcore.data.populations import read_part, write_part
-from ngcore.data.wild_park import Recipe, draw_architecture, draw_learning_rate, generate_park, train_run
+from ngcore.data.images.subsets import load_images
+from ngcore.data.zoos import populations, wild_park
+from ngcore.data.zoos.cnn import ACTIVATIONS, CNN
+from ngcore.data.zoos.populations import read_part, write_part
+from ngcore.data.zoos.wild_park import Recipe, draw_architecture, draw_learning_rate, generate_park, train_run
 
 RECIPE = Recipe(
     train_images=130, test_images=100, epochs=2, checkpoints=4

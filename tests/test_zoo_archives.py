@@ -12,9 +12,9 @@ import pandas as pd
 import pytest
 import torch
 
-from ngcore.data.cnn import CNN, Architecture
-from ngcore.data.populations import PopulationError
-from ngcore.data.zoo_archives import SPLITS, read_small_zoo, read_wild_park
+from ngcore.data.zoos.archives import SPLITS, read_small_zoo, read_wild_park
+from ngcore.data.zoos.cnn import CNN, Architecture
+from ngcore.data.zoos.populations import PopulationError
 
 SMALL = Architecture((1, 16, 16, 16), (3,) * 3, (2,) * 3, (0,) * 3, ("relu",) * 3, (-1,) * 3)
 LAYERS = ("conv2d", "conv2d_1", "conv2d_2", "dense")  # TensorFlow's names

@@ -121,7 +121,7 @@ def our_classification(model: nn.Module, precision: Precision, micro_batch: int)
 def our_editing(editor: nn.Module, micro_batch: int) -> Workload:
     import torch.nn.functional as F
 
-    from ngcore.data.siren import render
+    from ngcore.data.inrs.siren import render
 
     def loss(graph: NeuralGraph, images: Tensor) -> Tensor:
         return F.mse_loss(render(editor(graph).state_dict()).mean(0), images)
@@ -154,7 +154,7 @@ def plain_ng_gnn() -> Workload:
     """The networks are `Data` objects already, as in a torch_geometric data set; each step collates."""
     from torch_geometric.data import Batch
 
-    from ngcore.bench.plain_ng_gnn import PlainNGGNN, to_data_list
+    from ngcore.reference.ng_gnn import PlainNGGNN, to_data_list
 
     networks = to_data_list(random_networks(REFERENCE_BATCH))
     model = PlainNGGNN(inr_wiring(), NUM_CLASSES)
@@ -162,14 +162,14 @@ def plain_ng_gnn() -> Workload:
 
 
 def plain_ng_t() -> Workload:
-    from ngcore.bench.plain_ng_t import PlainNGT
+    from ngcore.reference.ng_t import PlainNGT
 
     graph = random_networks(REFERENCE_BATCH)
     return plain_classification(PlainNGT(inr_wiring(), NUM_CLASSES), lambda: graph, REFERENCE_BATCH)
 
 
 def plain_dwsnet() -> Workload:
-    from ngcore.bench.plain_dws import PlainDWSNet
+    from ngcore.reference.dws import PlainDWSNet
 
     graph = random_networks(BATCH)
     return plain_classification(PlainDWSNet(inr_wiring(), NUM_CLASSES), lambda: graph, BATCH)
@@ -178,7 +178,7 @@ def plain_dwsnet() -> Workload:
 def plain_editing_ng_gnn() -> Workload:
     from torch_geometric.data import Batch
 
-    from ngcore.bench.plain_ng_gnn import PlainEquivariantNGGNN, to_data_list
+    from ngcore.reference.ng_gnn import PlainEquivariantNGGNN, to_data_list
 
     graph = random_networks(REFERENCE_BATCH)
     networks = to_data_list(graph)
@@ -186,7 +186,7 @@ def plain_editing_ng_gnn() -> Workload:
 
 
 def plain_editing_ng_t() -> Workload:
-    from ngcore.bench.plain_ng_t import PlainEquivariantNGT
+    from ngcore.reference.ng_t import PlainEquivariantNGT
 
     graph = random_networks(REFERENCE_BATCH)
     return plain_editing(PlainEquivariantNGT(inr_wiring()), lambda: graph, graph)
@@ -203,7 +203,7 @@ def plain_editing(metanetwork: nn.Module, next_batch: Callable[[], object], grap
     """Every network's parameters are a state dict of their own, as INRs are stored."""
     import torch.nn.functional as F
 
-    from ngcore.bench.plain_editing import PlainEditor
+    from ngcore.reference.editing import PlainEditor
 
     editor, count = PlainEditor(metanetwork), graph.num_networks
     images, networks = random_images(count), [graph[n].state_dict() for n in range(count)]
@@ -263,7 +263,7 @@ def our_inr_fit() -> Workload:
     """Many INRs at once; images of noise never reach the PSNR at which a fit stops early."""
     import torch
 
-    from ngcore.data.siren import fit_sirens, initialize
+    from ngcore.data.inrs.siren import fit_sirens, initialize
 
     images = torch.rand(NUM_FITS, 28, 28)
     initial = initialize(range(NUM_FITS))
@@ -277,7 +277,7 @@ def plain_inr_fit() -> Workload:
     """One INR after the other, so that a single one tells the speed."""
     import torch
 
-    from ngcore.bench.plain_inr import Siren, fit_one
+    from ngcore.reference.inr import Siren, fit_one
 
     image, initial = torch.rand(28, 28), Siren().state_dict()
     return Workload(
@@ -290,8 +290,8 @@ def an_epoch(method: str = "none") -> Workload:
     """A whole training epoch with augmentation; of the model that does nothing what the data costs is left."""
     import torch
 
-    from ngcore.data.augment import Augmentation
-    from ngcore.data.inrs import INRSet
+    from ngcore.data.inrs.augment import Augmentation
+    from ngcore.data.inrs.sets import INRSet
     from ngcore.study.training import Schedule, train_epoch
     from ngcore.tasks.inr_classification import Classification, build_model
 

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch_geometric.data import Data
 
-    from ngcore.bench.plain_graph import Plan
     from ngcore.graph import NeuralGraph
+    from ngcore.reference.graph import Plan
 
 NetworkName = Literal["inr", "wild_park", "resnet18", "vit", "gpt2"]
 TITLES: dict[NetworkName, str] = {
@@ -59,7 +59,7 @@ def our_laying(network: NetworkName, times: int = LAYINGS) -> Workload:
 
 
 def plain_dense(network: NetworkName, times: int) -> Workload:
-    from ngcore.bench.plain_graph import dense, dense_bytes
+    from ngcore.reference.graph import dense, dense_bytes
 
     module, state = plain_network(network)
     needed_mb = dense_bytes(plan_of(network, module, state)) / (1 << 20)
@@ -89,7 +89,7 @@ def our_batch() -> Workload:
 
 
 def plain_dense_batch() -> Workload:
-    from ngcore.bench.plain_graph import dense
+    from ngcore.reference.graph import dense
 
     module, states = wild_park_states(BATCH)
     return Workload(lambda: [dense(plan_of("wild_park", module, state)) for state in states], BATCH)
@@ -102,7 +102,8 @@ def plain_edge_list_batch() -> Workload:
 
 def plain_network(network: NetworkName) -> tuple[nn.Module, dict[str, Tensor]]:
     # the plain builder is imported here, not in the first repetition
-    from ngcore.bench import networks, plain_graph  # noqa: F401
+    from ngcore.bench import networks
+    from ngcore.reference import graph as plain_graph  # noqa: F401
 
     module, _ = getattr(networks, network)()
     return module, module.state_dict()
@@ -118,7 +119,7 @@ def wild_park_states(count: int) -> tuple[nn.Module, list[dict[str, Tensor]]]:
 
 def plan_of(network: NetworkName, module: nn.Module, state: Mapping[str, Tensor]) -> Plan:
     """The plain description of a network; making it is part of the work."""
-    from ngcore.bench import plain_graph as plain
+    from ngcore.reference import graph as plain
 
     if network == "inr":
         return plain.plan_mlp(state)
@@ -132,7 +133,7 @@ def plan_of(network: NetworkName, module: nn.Module, state: Mapping[str, Tensor]
 
 
 def edges_of(network: NetworkName, module: nn.Module, state: Mapping[str, Tensor]) -> Data:
-    from ngcore.bench.plain_graph import edge_list
+    from ngcore.reference.graph import edge_list
 
     return edge_list(plan_of(network, module, state), parallel=network == "vit")
 

@@ -48,7 +48,7 @@ def group_training(activation: str) -> Callable[[], object]:
     """Training one group, in a process of one thread from now on."""
     import torch
 
-    from ngcore.data import small_zoo
+    from ngcore.data.zoos import small_zoo
 
     torch.set_num_threads(1)
     images, labels = random_images()
@@ -70,8 +70,8 @@ def plain_training(activation: str, threads: int) -> Workload:
     """One network after the other, by each optimizer in turn."""
     import torch
 
-    from ngcore.bench.plain_zoo import OPTIMIZERS, SmallCNN, train_one
-    from ngcore.data.small_zoo import Draw
+    from ngcore.data.zoos.small_zoo import Draw
+    from ngcore.reference.zoo import OPTIMIZERS, SmallCNN, train_one
 
     torch.set_num_threads(threads)
     images, labels = random_images()
@@ -98,8 +98,8 @@ def park_graphs() -> list[NeuralGraph]:
     """Graphs of randomly initialized Wild Park CNNs, one of every run's architecture."""
     import torch
 
-    from ngcore.data.cnn import CNN
-    from ngcore.data.wild_park import draw_architecture
+    from ngcore.data.zoos.cnn import CNN
+    from ngcore.data.zoos.wild_park import draw_architecture
     from ngcore.tasks.zoos import wiring_of
 
     torch.manual_seed(0)
@@ -114,7 +114,7 @@ def our_park(method: str) -> Workload:
     """Training steps on networks of many shapes; putting their batches together is part of them."""
     import torch
 
-    from ngcore.graph.collection import Collection
+    from ngcore.graph.batch import Collection
     from ngcore.models.heterogeneous import HeterogeneousNGGNN, HeterogeneousNGT
     from ngcore.tasks.generalization import CHUNK
 
@@ -133,8 +133,8 @@ def plain_park(method: str) -> Workload:
     """The same with torch_geometric; its batches are put together beforehand."""
     import torch
 
-    from ngcore.bench.plain_heterogeneous import PlainHeterogeneousNGGNN, PlainHeterogeneousNGT, to_batch, to_data_list
-    from ngcore.graph.collection import Frame
+    from ngcore.graph.batch import Frame
+    from ngcore.reference.heterogeneous import PlainHeterogeneousNGGNN, PlainHeterogeneousNGT, to_batch, to_data_list
 
     torch.manual_seed(0)
     graphs = park_graphs()

@@ -1,10 +1,10 @@
-"""Neural graphs: the wiring of a network, its weights laid in, and the symmetries of both."""
+"""Neural graphs: the wiring of a network, weights bound to it, and the symmetries of both."""
 
-from ngcore.graph import rules  # noqa: F401  # registers how operators are read
-from ngcore.graph.neural_graph import NeuralGraph
+from ngcore.graph.architectures import cnn, mlp
 from ngcore.graph.parameter_graph import to_parameter_graph
-from ngcore.graph.trace import TraceError, rule, trace
-from ngcore.graph.wiring import Block, Group, Wiring, mlp
+from ngcore.graph.structure import Block, Group
+from ngcore.graph.tracing import TraceError, rule, trace
+from ngcore.graph.wiring import NeuralGraph, Wiring
 
 __all__ = [
     "Block",
@@ -12,6 +12,7 @@ __all__ = [
     "NeuralGraph",
     "TraceError",
     "Wiring",
+    "cnn",
     "mlp",
     "rule",
     "to_parameter_graph",

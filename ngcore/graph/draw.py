@@ -18,9 +18,9 @@ from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
-from ngcore.graph.data import kernel_places
-from ngcore.graph.neural_graph import NeuralGraph
-from ngcore.graph.wiring import Block, Group, Wiring
+from ngcore.graph.pyg import kernel_places
+from ngcore.graph.structure import Block, Group
+from ngcore.graph.wiring import NeuralGraph, Wiring
 
 COLOURS = "PuOr"  # diverging, safe for colour-blind readers; white is zero
 CHANNEL_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito
@@ -416,7 +416,7 @@ def draw_kernel_padding(
 ) -> Figure:
     """How a kernel becomes the feature of an edge: padded with zeros to the window, then flattened (paper, figure 6).
 
-    The numbers are where `ngcore.graph.data.kernel_places` puts them, as on the graph.
+    The numbers are where `ngcore.graph.pyg.kernel_places` puts them, as on the graph.
 
     Raises:
         ValueError: the kernel does not fit into the window.

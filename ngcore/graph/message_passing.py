@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch_geometric.data import Data
 
-from ngcore.graph.activations import function_of
+from ngcore.activations import function_of
 
 
 class ForwardPass:

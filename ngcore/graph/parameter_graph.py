@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
-from ngcore.graph.data import ROLES, check_finite, index_of
-from ngcore.graph.neural_graph import NeuralGraph
-from ngcore.graph.wiring import Block, Wiring
+from ngcore.graph.pyg import ROLES, check_finite, index_of
+from ngcore.graph.structure import Block
+from ngcore.graph.wiring import NeuralGraph, Wiring
 
 # What the integers in `Data` stand for. New edge types go before "other", the last: stored models index into these.
 NODE_TYPES = (*ROLES, "bias", "gamma", "beta")
@@ -58,7 +58,7 @@ def to_parameter_graph(graph: NeuralGraph) -> Data:
     """
     if graph.edges[0].dim() != 3:
         raise ValueError("to_parameter_graph takes one network: index the batch first, as in graph[0]")
-    check_finite(graph)
+    check_finite(graph.wiring.groups, graph.wiring.blocks, graph.nodes, graph.edges)
     builder = _Builder(graph)
     for block, edges in zip(graph.wiring.blocks, graph.edges, strict=True):
         builder.add_block(block, edges)

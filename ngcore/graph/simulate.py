@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ngcore.graph.activations import OF_OPERATOR, function_of
-from ngcore.graph.neural_graph import NeuralGraph
-from ngcore.graph.rules.parameters import form_of_convolution
-from ngcore.graph.trace import NO_NEURON
-from ngcore.graph.wiring import Reference, Step
+from ngcore.activations import OF_OPERATOR, function_of
+from ngcore.graph.structure import Reference, Step
+from ngcore.graph.tracing.reader import NO_NEURON
+from ngcore.graph.tracing.rules.parameters import form_of_convolution
+from ngcore.graph.wiring import NeuralGraph
 
 
 def activations(graph: NeuralGraph, points: Float[Tensor, "points inputs"]) -> list[Float[Tensor, ...]]:

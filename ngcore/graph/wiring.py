@@ -1,131 +1,21 @@
-"""The wiring of a network: which neurons there are and which parameter connects which of them.
+"""The wiring of a network: which neurons there are and which parameter connects which of them; and, with weights bound
+to it, the neural graph.
 
-A wiring holds no weights. It is read once per architecture; `Wiring.graph` then lays any number of weights into it.
+A wiring is read once per architecture; `Wiring.graph` then binds any number of networks' weights to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
 
-import torch
 from torch import Tensor
+from torch_geometric.data import Data
 
-from ngcore.graph.neural_graph import NeuralGraph
-from ngcore.graph.spaces import Space
-from ngcore.graph.symmetry import Symmetry
-
-Role = Literal["input", "hidden", "output"]
-
-
-@dataclass(frozen=True)
-class View:
-    """Where in a parameter's memory some of its elements lie: sizes, strides and offset as of `Tensor.as_strided`."""
-
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> View:
-        return cls(tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
-
-    def narrow(self, axis: int, start: int, length: int) -> View:
-        size = (*self.size[:axis], length, *self.size[axis + 1 :])
-        return View(size, self.stride, self.offset + start * self.stride[axis])
-
-    def __call__(self, parameter: Tensor, batch: int) -> Tensor:
-        """The elements, as a view behind the parameter's first `batch` axes."""
-        parameter = parameter.contiguous()
-        axes = parameter.shape[:batch], parameter.stride()[:batch]
-        offset = parameter.storage_offset() + self.offset
-        return parameter.as_strided((*axes[0], *self.size), (*axes[1], *self.stride), offset)
-
-
-@dataclass(frozen=True)
-class Group:
-    """A set of neurons of one layer.
-
-    `bias` names the parameter that becomes their node feature, None where they have none; `view` says which of its
-    elements, None for all, in order. `activation` is what is applied to the neurons' sums; `layer` counts from 0 at
-    the input; `where` is the path of the module that they belong to. `tied`: the bias has its place in an earlier
-    group. `location`: where in space these neurons' channels are flattened from, which must not be exchanged.
-    """
-
-    size: int
-    role: Role
-    layer: int
-    activation: str = "identity"
-    bias: str | None = None
-    view: View | None = None
-    where: str = ""
-    tied: bool = False
-    location: int | None = None
-
-
-@dataclass(frozen=True)
-class Block:
-    """Edges from some neurons of one group to some of another, each source to each target.
-
-    With `groups` the neurons fall into as many parts, in order, and edges stay inside a part: grouped convolutions,
-    normalization (every neuron a part) and residual connections.
-
-    Attributes:
-        weight: the parameter on the edges; None where they have none and the value 1 (residuals, products).
-        kind: what the edges do, e.g. "linear", "convolution", "normalization", "residual", "product".
-        kernel: sizes of a convolution's kernel, whose positions are the features in row-major order.
-        view: where its elements lie, as (groups, targets of a part, sources of a part, *features); None for a whole
-            parameter of shape (targets, sources).
-        source_nodes, target_nodes: places in the groups; None for all.
-        tied: these edges share their parameter with an earlier block.
-    """
-
-    source: int
-    target: int
-    weight: str | None
-    kind: str = "linear"
-    view: View | None = None
-    groups: int = 1
-    kernel: tuple[int, ...] = ()
-    source_nodes: Sequence[int] | None = None
-    target_nodes: Sequence[int] | None = None
-    tied: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """One operator of the network, in the order in which they run: what happens to values between the neurons.
-
-    Attributes:
-        operator: its name, or "input", "parameter", "buffer", "constant", "output".
-        arguments: its own, with a `Reference` for every result of an earlier step.
-        ids: the neuron behind every element of its result, broadcastable to it; None where it has none.
-        blocks: indices of the edges that it made; they hold the numbers that it computes with.
-        parameter: the parameter that the result is (a part of), which is on the edges and nodes.
-        where: path of the module to which it belongs.
-    """
-
-    operator: str
-    arguments: tuple[Any, ...] = ()
-    keywords: Mapping[str, Any] = field(default_factory=dict)
-    ids: Tensor | None = None
-    blocks: range = range(0)
-    parameter: str | None = None
-    where: str = ""
-
-    @property
-    def name(self) -> str:
-        """The operator without its library and overload."""
-        return self.operator.split(".")[1] if "." in self.operator else self.operator
-
-
-@dataclass(frozen=True)
-class Reference:
-    """The result of a step."""
-
-    step: int
+from ngcore.graph.pyg import Direction, Flatten, Linear, to_data
+from ngcore.graph.structure import Block, Group, Role, Step, View, edge_index, offsets
+from ngcore.graph.symmetry.group import Symmetry
 
 
 @dataclass(frozen=True)
@@ -151,11 +41,7 @@ class Wiring:
     @cached_property
     def offsets(self) -> tuple[int, ...]:
         """Index of each group's first node in the whole graph, and after them the number of nodes."""
-        total, offsets = 0, [0]
-        for group in self.groups:
-            total += group.size
-            offsets.append(total)
-        return tuple(offsets)
+        return offsets(self.groups)
 
     @property
     def num_nodes(self) -> int:
@@ -226,33 +112,79 @@ class Wiring:
 
     def edge_index(self, block: Block) -> Tensor:
         """Source and target of every edge of a block, (2, edges), in the order of its features."""
-        source, target = (
-            self.offsets[group] + torch.arange(self.groups[group].size)
-            if nodes is None
-            else self.offsets[group] + torch.tensor(list(nodes))
-            for group, nodes in ((block.source, block.source_nodes), (block.target, block.target_nodes))
-        )
-        sources, targets = source.view(block.groups, 1, -1), target.view(block.groups, -1, 1)
-        return torch.stack([x.flatten() for x in torch.broadcast_tensors(sources, targets)])
+        return edge_index(self.groups, block)
 
 
-def mlp(sizes: Sequence[int], activation: str = "relu") -> Wiring:
-    """Wiring of a multi-layer perceptron with parameters `layers.<i>.weight` and `layers.<i>.bias`.
+@dataclass(frozen=True)
+class NeuralGraph:
+    """Biases on nodes and weights on edges (paper, equation 1), kept as one dense tensor per group and block.
 
-    `sizes` counts the neurons from input to output; the activation follows every layer but the last.
+    Shapes:
+        nodes[g]: (*batch, size of group g, features)
+        edges[b]: (*batch, targets of block b, sources of a target, features)
+        others: what the wiring does not place on the graph, e.g. running statistics, as it came
     """
-    if len(sizes) < 2:
-        raise ValueError(f"an MLP needs at least an input and an output layer, got sizes {list(sizes)}")
-    last = len(sizes) - 1
-    groups = [Group(sizes[0], "input", 0)]
-    for i, size in enumerate(sizes[1:], start=1):
-        role: Role = "output" if i == last else "hidden"
-        groups.append(Group(size, role, i, "identity" if i == last else activation, f"layers.{i - 1}.bias"))
-    blocks = tuple(Block(i, i + 1, f"layers.{i}.weight") for i in range(last))
-    spaces = [Space(size, pinned=i in (0, last)) for i, size in enumerate(sizes)]
-    axes: dict[str, tuple[Space, ...]] = {}
-    for i in range(last):
-        axes[f"layers.{i}.weight"] = (spaces[i + 1], spaces[i])
-        axes[f"layers.{i}.bias"] = (spaces[i + 1],)
-    parameters = tuple((name, tuple(space.size for space in own)) for name, own in axes.items())
-    return Wiring(tuple(groups), blocks, parameters, symmetry=Symmetry(axes))
+
+    wiring: Wiring
+    nodes: tuple[Tensor, ...]
+    edges: tuple[Tensor, ...]
+    others: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> NeuralGraph:
+        """The same wiring with `function` applied to every tensor, e.g. to index, move or cast them."""
+        nodes, edges = tuple(map(function, self.nodes)), tuple(map(function, self.edges))
+        return NeuralGraph(self.wiring, nodes, edges, self.others)
+
+    def __getitem__(self, index: object) -> NeuralGraph:
+        """Index the batch axes of every tensor."""
+        others = {name: values[index] for name, values in self.others.items()}
+        return replace(self.map(lambda tensor: tensor[index]), others=others)
+
+    @property
+    def num_networks(self) -> int:
+        """Length of the first batch axis."""
+        return self.edges[0].shape[0]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The parameters, exactly as they were laid in: the inverse of `Wiring.graph`."""
+        state: dict[str, Tensor] = {}
+        for block, edges in zip(self.wiring.blocks, self.edges, strict=True):
+            if block.weight is not None and not block.tied:
+                self._give_back(state, block.weight, block.view, edges)
+        for group, nodes in zip(self.wiring.groups, self.nodes, strict=True):
+            if group.bias is not None and not group.tied:
+                self._give_back(state, group.bias, group.view, nodes)
+        state = {name: state[name] for name in self.wiring.shapes}
+        state.update((alias, state[name]) for alias, name in self.wiring.aliases)
+        return {**state, **self.others}
+
+    def _give_back(self, state: dict[str, Tensor], name: str, view: View | None, values: Tensor) -> None:
+        """Write features to where they came from; a whole parameter comes back as the view that it is."""
+        if view is None:
+            state[name] = values.squeeze(-1)
+            return
+        shape = self.wiring.shapes[name]
+        batch = values.shape[: values.dim() - 3] if len(view.size) > 1 else values.shape[: values.dim() - 2]
+        if name not in state:
+            state[name] = values.new_empty(*batch, *shape)
+        view(state[name], len(batch)).copy_(values.reshape(*batch, *view.size))
+
+    def to_data(
+        self,
+        *,
+        window: Sequence[int] | None = None,
+        linear: Linear = "linear",
+        direction: Direction = "forward",
+        flatten: Flatten = "layer",
+    ) -> Data:
+        """One network as torch_geometric `Data`: see `ngcore.graph.pyg.to_data` for options and attributes."""
+        return to_data(
+            self.wiring.groups,
+            self.wiring.blocks,
+            self.nodes,
+            self.edges,
+            window=window,
+            linear=linear,
+            direction=direction,
+            flatten=flatten,
+        )

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ngcore.graph.collection import Collection, Frame, GraphBatch
+from ngcore.graph.batch import Collection, Frame, GraphBatch
 from ngcore.models.encoder import FREQUENCIES, fourier_features
-from ngcore.models.moments import Moments
+from ngcore.models.kernels.moments import Moments
 from ngcore.models.ng_gnn import DIRECTIONS, WIDTH, PNALayer
 from ngcore.models.ng_t import EVERY, NGTLayer, Widths
 

@@ -18,9 +18,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ngcore.graph import NeuralGraph, Wiring
-from ngcore.models.dropout import dropout
 from ngcore.models.encoder import COMPILATION, Encoder, fourier_features
-from ngcore.models.moments import Moments
+from ngcore.models.kernels.dropout import dropout
+from ngcore.models.kernels.moments import Moments
 
 WIDTH = 64
 LAYERS = 4

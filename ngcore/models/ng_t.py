@@ -23,8 +23,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ngcore.graph import NeuralGraph, Wiring
-from ngcore.models.dropout import dropout
 from ngcore.models.encoder import COMPILATION, Encoder, fourier_features
+from ngcore.models.kernels.dropout import dropout
 
 LAYERS = 4
 

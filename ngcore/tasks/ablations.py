@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ngcore.data.augment import Augmentation
+from ngcore.data.inrs.augment import Augmentation
 from ngcore.study.executor import execute_all
 from ngcore.study.runs import Record, run_hash
 from ngcore.tasks import generalization, inr_classification

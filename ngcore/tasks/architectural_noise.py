@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ngcore.data.cnn import Architecture
+from ngcore.data.zoos.cnn import Architecture
 from ngcore.study.runs import Record, StoredRun, cache_directory, environment
 from ngcore.tasks import generalization
 from ngcore.tasks.zoos import Networks, load, wiring_of

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ngcore.data.augment import Augmentation
-from ngcore.data.inrs import INRSet
-from ngcore.graph.bias_nodes import bias_nodes
+from ngcore.data.inrs.augment import Augmentation
+from ngcore.data.inrs.sets import INRSet
+from ngcore.graph.dialects import bias_nodes
 from ngcore.models import NGGNN, NGT
 from ngcore.models.baselines import MLP, DWSNet, SetNN
 from ngcore.models.signs import CanonicalSigns

@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ngcore.data.edits import EDITS
-from ngcore.data.inrs import INRSet
-from ngcore.data.siren import render
+from ngcore.data.inrs.edits import EDITS
+from ngcore.data.inrs.sets import INRSet
+from ngcore.data.inrs.siren import render
 from ngcore.models import Editor, EquivariantNGGNN, EquivariantNGT
 from ngcore.models.baselines import EquivariantDWSNet, EquivariantNFN
 from ngcore.study.runs import Record, StoredRun, cache_directory, tensor_digest
@@ -30,7 +30,7 @@ class Config:
         method: a key of METHODS.
         probes: probe points of NG-GNN and NG-T.
         networks: how many networks a method makes of one, whose renderings are averaged.
-        edit: a key of `ngcore.data.edits.EDITS`.
+        edit: a key of `ngcore.data.inrs.edits.EDITS`.
         transfer: INRs of another data set, whose test split is edited as well; None for none.
         options: further arguments of the model, as pairs.
     """

@@ -11,9 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ngcore.data import siren
-from ngcore.data.images import load_images
-from ngcore.data.inrs import INRSet, Recipe, fit_set
+from ngcore.data.images.subsets import load_images
+from ngcore.data.inrs.sets import INRSet, Recipe, fit_set, siren
 from ngcore.graph import mlp
 from ngcore.study.runs import Record, cache_directory, tensor_digest
 

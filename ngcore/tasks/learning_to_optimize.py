@@ -14,10 +14,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from ngcore.models.optimizers import METHODS as LEARNED
 from ngcore.models.optimizers import LearnedOptimizer
+from ngcore.models.optimizers.files import provenance, shipped
 from ngcore.study.runs import Record, RunError, StoredRun, cache_directory, environment, run_hash, tensor_digest
 from ngcore.tasks import meta_training
 from ngcore.tasks.optimization import FIRST_SEED, ImageTask, Task, train_network
-from ngcore.tasks.optimizer_files import provenance, shipped
 
 HAND_DESIGNED: dict[str, type[torch.optim.Optimizer]] = {"Adam": torch.optim.Adam}
 METHODS = (*HAND_DESIGNED, *LEARNED)

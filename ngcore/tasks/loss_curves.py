@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import torch.nn.functional as F
 
-from ngcore.data.inrs import INRSet
+from ngcore.data.inrs.sets import INRSet
 from ngcore.study.comparison import interval
 from ngcore.study.runs import Record
 from ngcore.tasks import inr_classification

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch_geometric.utils import to_dense_adj
 
-from ngcore.data.images import load_images
+from ngcore.data.images.subsets import load_images
 from ngcore.graph import NeuralGraph, Wiring
 from ngcore.graph.parameter_graph import to_parameter_graph
 from ngcore.graph.simulate import simulate

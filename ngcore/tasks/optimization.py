@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ngcore.data.cnn import CNN, Architecture
-from ngcore.data.images import load_images
+from ngcore.data.images.subsets import load_images
+from ngcore.data.zoos.cnn import CNN, Architecture
 from ngcore.study.runs import cache_directory, tensor_digest
 
 EVALUATION_BATCH = 500

@@ -12,13 +12,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ngcore.data import cifar10_gs, wild_park
-from ngcore.data.cnn import Architecture
-from ngcore.data.populations import Population
+from ngcore.data.zoos import cifar10_gs, wild_park
+from ngcore.data.zoos.cnn import Architecture
+from ngcore.data.zoos.populations import Population
 from ngcore.graph import NeuralGraph, Wiring
-from ngcore.graph.cnn import cnn
-from ngcore.graph.collection import Collection, Frame
-from ngcore.graph.data import Flatten
+from ngcore.graph.architectures import cnn
+from ngcore.graph.batch import Collection, Frame
+from ngcore.graph.pyg import Flatten
 from ngcore.models.baselines.stat_nn import statistics
 from ngcore.study.runs import Record, cache_directory, environment, run_hash, tensor_digest
 

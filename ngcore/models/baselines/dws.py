@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ngcore.graph import NeuralGraph, Wiring
 from ngcore.models.baselines.mlp import ParameterReader, perceptron
 from ngcore.models.baselines.weight_space import EquivariantLayer, Reduction, WeightSpace, poolings
-from ngcore.models.dropout import dropout as drop
+from ngcore.models.kernels.dropout import dropout as drop
 
 
 class NormReLU(nn.ModuleList):

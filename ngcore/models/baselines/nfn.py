@@ -3,7 +3,7 @@
 An NF-Layer adds, for every entry of a weight matrix, maps of the global means of all layers, of its row's and its
 column's mean, of the means and biases that its neighbours hold for the same neurons, and of the entry itself, with
 coefficients that the permutations cannot tell apart shared: every linear map that commutes with them, which is
-`EquivariantLayer` with means. `ngcore.bench.plain_nfn` writes it term by term, as the paper does.
+`EquivariantLayer` with means. `ngcore.reference.nfn` writes it term by term, as the paper does.
 
 NFN_HNP keeps input and output neurons apart by coefficients of their own; NFN_NP treats them like hidden ones and
 tells them apart by encodings. Of a convolution the neurons are channels, and a kernel's positions are channels of
@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from ngcore.graph import NeuralGraph, Wiring
 from ngcore.models.baselines.mlp import ParameterReader, perceptron
 from ngcore.models.baselines.weight_space import EquivariantLayer, PermutationGroup, WeightSpace, poolings
-from ngcore.models.dropout import dropout as drop
 from ngcore.models.encoder import fourier_features
+from ngcore.models.kernels.dropout import dropout as drop
 
 CHANNELS = (48, 48, 48)
 

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ngcore.graph.cnn import cnn
-from ngcore.graph.data import ROLES
+from ngcore.graph.architectures import cnn
+from ngcore.graph.pyg import ROLES
 from ngcore.models.baselines.weight_space import EquivariantLayer, WeightSpace
 from ngcore.models.heterogeneous import Messages, StackedLayer, Way
 from ngcore.models.ng_t import EVERY, NGTLayer, Widths

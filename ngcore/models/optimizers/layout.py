@@ -13,8 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ngcore.graph import Block, NeuralGraph, Wiring, trace
-from ngcore.graph.collection import Stack
-from ngcore.graph.data import ROLES, kernel_places
+from ngcore.graph.batch import Stack
+from ngcore.graph.pyg import ROLES, kernel_places
 from ngcore.models.baselines.weight_space import WeightSpace
 
 WINDOW = (3, 3)  # kernels are centred in it; weights without a kernel lie at its centre
@@ -159,7 +159,7 @@ class Layout:
 
     @cached_property
     def roles(self) -> Int[Tensor, " nodes"]:
-        """Index into `ngcore.graph.data.ROLES`."""
+        """Index into `ngcore.graph.pyg.ROLES`."""
         index = torch.tensor([ROLES.index(group.role) for group in self.wiring.groups], device=self.device)
         return index.repeat_interleave(torch.tensor([group.size for group in self.wiring.groups], device=self.device))
 

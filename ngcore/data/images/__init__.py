@@ -1,0 +1,1 @@
+"""Image sets: the embedded subsets and the full sets."""

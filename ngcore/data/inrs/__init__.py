@@ -1,0 +1,1 @@
+"""Implicit neural representations: fitting, sets, edits, augmentation, published archives."""

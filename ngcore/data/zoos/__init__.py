@@ -1,0 +1,1 @@
+"""Populations of CNNs: training them, and published archives."""

@@ -1,0 +1,1 @@
+"""The permutations of neurons that keep a network's function."""

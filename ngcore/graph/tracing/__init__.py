@@ -1,0 +1,6 @@
+"""Reading the wiring of any PyTorch network from its exported operators."""
+
+from ngcore.graph.tracing import rules  # noqa: F401  # registers how operators are read
+from ngcore.graph.tracing.reader import TraceError, rule, trace
+
+__all__ = ["TraceError", "rule", "trace"]

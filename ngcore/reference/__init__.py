@@ -1,0 +1,1 @@
+"""Plain, naive statements of what ngcore computes, which tests and the bench compare with."""
