@@ -8,7 +8,7 @@ must lie in the cache, as they do after `./run_all.sh --profile P --only 04`.
 
 import argparse
 
-from ngcore.models.optimizers.files import SHIPPED, save
+from ngcore.models.optimizers.files import OPTIMIZERS, save
 from ngcore.study import runs
 from ngcore.tasks.meta_training import trained
 
@@ -20,7 +20,7 @@ def main() -> None:
     found = [trained(record["hash"]) for record in runs.published(directory, "meta_training")]
     for rule, record in found:  # all of them can be read
         steps = {"best_step": record["metrics"]["best_step"], "run": record["hash"]}
-        path = SHIPPED / f"{rule.method}.safetensors"
+        path = OPTIMIZERS / f"{rule.method}.safetensors"
         save(rule, path, record["config"] | record["environment"] | steps)
         print(f"{path}: best of {record['config']['outer_steps']} outer steps after {steps['best_step']}")
 

@@ -11,8 +11,8 @@ import io
 import os
 from pathlib import Path
 
-from ngcore.data.images.subsets import sources
-from ngcore.data.images.subsets import subsets as images
+from ngcore.data.images import sources
+from ngcore.data.images import subsets as images
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ from ngcore.bench.harness import (
     table_row,
     write_json,
 )
-from ngcore.data.inrs.sets import siren
+from ngcore.data.inrs import siren
 from ngcore.tasks import learning_to_optimize
 
 

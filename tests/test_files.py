@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from ngcore.bench import harness
-from ngcore.data.images.subsets import sources
-from ngcore.data.inrs.sets import sets as inrs
-from ngcore.data.inrs.sets import siren
+from ngcore.data.images import sources
+from ngcore.data.inrs import sets as inrs
+from ngcore.data.inrs import siren
 from ngcore.data.zoos import populations
 from ngcore.data.zoos.cnn import CNN, Architecture
 from ngcore.files import write_atomically

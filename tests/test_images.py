@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from ngcore.data.images.subsets import Images, load_images, sources
-from ngcore.data.images.subsets import subsets as images
+from ngcore.data.images import sources
+from ngcore.data.images import subsets as images
+from ngcore.data.images.subsets import Images, load_images
 
 NO_CACHE = Path("/nonexistent")
 SUBSETS = [(name, split) for name, sizes in images.SUBSET_SIZES.items() for split in sizes]

@@ -24,7 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from ngcore.data.images.subsets import sources
+from ngcore.data.images import sources
 
 COUNTS = {"train": 10, "test": 5}
 PREFIXES = {"train": "train", "test": "t10k"}

@@ -15,7 +15,8 @@ from jaxtyping import Int64, UInt8
 from PIL import Image
 from torch import Tensor
 
-from ngcore.data.images.subsets import sources
+from ngcore.data.images import sources
+from ngcore.files import SHIPPED
 
 SUBSETS = SHIPPED / "images"
 CHECKSUMS = "SHA256SUMS"

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ngcore.data.images.subsets import Images, load_images
-from ngcore.data.inrs.sets import siren
+from ngcore.data.inrs import siren
 from ngcore.files import write_atomically
 from ngcore.processes import pool
 
