@@ -6,9 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ngcore.data.inrs import sets as inrs
+from ngcore.data.inrs import siren
 from ngcore.data.inrs.augment import Augmentation, rotation
-from ngcore.data.inrs.sets import INRSet, Recipe, fit_set, layer_statistics, siren
-from ngcore.data.inrs.sets import sets as inrs
+from ngcore.data.inrs.sets import INRSet, Recipe, fit_set, layer_statistics
 from ngcore.reference.inr import fit_one
 
 RECIPE = Recipe("mnist", "test", steps=3, learning_rate=1e-3)
