@@ -18,12 +18,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pooch
 import safetensors.torch
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ngcore.files import write_atomically
+from ngcore.files import REPOSITORY, write_atomically
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,8 +36,12 @@ class RunError(ValueError):
 
 
 def cache_directory() -> Path:
-    """Where fitted INRs, full image sets and runs are kept: $NGCORE_CACHE, or `cache/` in the repository."""
-    return Path(os.environ.get("NGCORE_CACHE", ROOT / "cache"))
+    """Where fitted INRs, full image sets and runs are kept: $NGCORE_CACHE, or `cache/` in the repository.
+
+    Where ngcore is installed from a wheel: the user's cache directory, on Linux ~/.cache/ngcore.
+    """
+    own = REPOSITORY / "cache" if REPOSITORY else pooch.os_cache("ngcore")
+    return Path(os.environ.get("NGCORE_CACHE", own))
 
 
 def results_directory(profile: str) -> Path:
@@ -45,8 +50,11 @@ def results_directory(profile: str) -> Path:
 
 
 def output_directory() -> Path:
-    """The tree that `figures/`, `data/results/` and `executed/` are written to: $NGCORE_OUTPUT, or the repository."""
-    return Path(os.environ.get("NGCORE_OUTPUT", ROOT))
+    """The tree that `figures/`, `data/results/` and `executed/` are written to: $NGCORE_OUTPUT, or the repository.
+
+    Where ngcore is installed from a wheel: the current directory.
+    """
+    return Path(os.environ.get("NGCORE_OUTPUT", REPOSITORY or Path.cwd()))
 
 
 def tensor_digest(tensors: Iterable[Tensor]) -> str:
