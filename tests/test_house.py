@@ -35,7 +35,7 @@ FLOORS = (
     {"structure"},
     {"pyg", "symmetry"},
     {"wiring"},
-    {"architectures", "dialects", "batch", "tracing", "parameter_graph"},
+    {"architectures", "dialects", "frame", "batch", "collection", "tracing", "parameter_graph"},
     {"forward", "simulate", "draw", "message_passing"},
 )
 

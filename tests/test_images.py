@@ -90,12 +90,12 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def make_subsets(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run data/make_subsets.py."""
-    script = Path(__file__).parents[1] / "data" / "make_subsets.py"
+    """Run data/make/subsets.py."""
+    script = Path(__file__).parents[1] / "data" / "make" / "subsets.py"
     spec = importlib.util.spec_from_file_location("make_subsets", script)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(sys, "argv", ["make_subsets.py", "--cache", str(cache)])
+    monkeypatch.setattr(sys, "argv", ["subsets.py", "--cache", str(cache)])
     module.main()
 
 
@@ -138,7 +138,7 @@ def test_damaged_file(file: str, change: str, fake: Path) -> None:
 @pytest.mark.parametrize("file", ["mnist_train.png", "mnist_train_labels.txt", "SHA256SUMS"])
 def test_missing_file(file: str, fake: Path) -> None:
     (images.SUBSETS / file).unlink()
-    with pytest.raises(FileNotFoundError, match=rf"{file} is missing: the embedded images lie in the repository"):
+    with pytest.raises(FileNotFoundError, match=rf"{file} is missing: install ngcore again, or in a clone"):
         load_images("mnist", "train", 1, cache=NO_CACHE)
 
 

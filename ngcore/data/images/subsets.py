@@ -1,4 +1,4 @@
-"""Real images: small subsets that come with the repository, the full sets where more is asked for.
+"""Real images: small subsets that come with ngcore, the full sets where more is asked for.
 
 A subset holds the first images of the official order of its split, so both give the same images. It is one
 PNG sheet of tiles (100 images a row, so that it can be looked at) and one text file of labels (a digit each).
@@ -69,7 +69,7 @@ def load_images(name: str, split: str, count: int, *, cache: Path) -> Images:
     Raises:
         ValueError: an unknown name or split, a count that the split does not have, a truncated or altered
             file.
-        FileNotFoundError: the embedded subset is not where the repository has it.
+        FileNotFoundError: the embedded subset is not where ngcore has it.
         sources.SourceError: the full set is needed and no source could be reached.
     """
     size = sources.split_size(name, split)
@@ -130,13 +130,12 @@ def _read_verified(path: Path) -> bytes:
     for file in (checksums, path):
         if not file.is_file():
             raise FileNotFoundError(
-                f"{file} is missing: the embedded images lie in the repository. Install ngcore from a clone "
-                f"(pip install -e .), or restore them with `git checkout -- data/images`"
+                f"{file} is missing: install ngcore again, or in a clone restore it with `git checkout -- data/images`"
             )
     content = path.read_bytes()
     if f"{hashlib.sha256(content).hexdigest()}  {path.name}" not in checksums.read_text().splitlines():
         raise ValueError(
             f"{path} is truncated or altered (its sha256 is not the one in {CHECKSUMS}): restore it with "
-            f"`git checkout -- data/images`, or make it again with `python data/make_subsets.py`"
+            f"`git checkout -- data/images`, or make it again with `python data/make/subsets.py`"
         )
     return content

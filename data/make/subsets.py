@@ -1,6 +1,6 @@
 """Make the embedded image subsets again, from the full sets.
 
-    python data/make_subsets.py [--cache DIR]
+    python data/make/subsets.py [--cache DIR]
 
 Writes the sheets and labels of every subset and SHA256SUMS into data/images/.
 """

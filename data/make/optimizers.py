@@ -1,6 +1,6 @@
 """Make the shipped learned optimizers again, from a profile's stored meta-training runs.
 
-    python data/make_optimizers.py [--profile P]
+    python data/make/optimizers.py [--profile P]
 
 Writes `data/optimizers/<method>.safetensors` for every meta-training run under data/results/<profile>/. Their weights
 must lie in the cache, as they do after `./run_all.sh --profile P --only 04`.
