@@ -14,7 +14,8 @@ from torch import nn
 from ngcore.data.zoos.cnn import CNN, Architecture
 from ngcore.graph import Wiring, mlp, trace
 from ngcore.graph.architectures import cnn
-from ngcore.graph.batch import Collection, Frame
+from ngcore.graph.collection import Collection
+from ngcore.graph.frame import Frame
 from ngcore.graph.structure import Block, Group, View
 
 

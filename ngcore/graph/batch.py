@@ -1,418 +1,329 @@
-"""Graphs of networks of many shapes, and batches of them.
+"""Batches of neural graphs, of one architecture or of many, in one form.
 
-Blocks are complete bipartite, so of all the blocks in a batch those of one shape stand as one dense stack, whichever
-networks and layers they come from: no edge is padded, none is scattered, and nothing of a network depends on its
-neighbours in the batch. A batch is put together by index arithmetic alone, without a loop over networks.
+A batch is a number of copies of a union of networks. Networks that share a wiring are copies of it: where its neurons
+and blocks lie is the same for all and known beforehand, so that shapes are static. Networks of several wirings are one
+copy of their union, in which blocks of one shape are stacked, whichever networks they come from. Blocks are complete
+bipartite: no edge is padded, none is scattered, and nothing of a network depends on its neighbours in the batch.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ngcore.graph.pyg import Linear, kernel_places, largest_kernel
-from ngcore.graph.structure import Block, Group
+from ngcore.graph.frame import Frame
+from ngcore.graph.pyg import kernel_places
+from ngcore.graph.structure import Block
 from ngcore.graph.wiring import NeuralGraph, Wiring
 
-Kind = tuple[tuple[int, ...], bool]  # what edges of a block look like: their kernel, and whether they have a weight
+FAR = 8  # more layers than models have
+KernelKind = tuple[tuple[int, ...], bool]  # what a block's edges look like: their kernel, whether they have a weight
 
 
 @dataclass(frozen=True)
-class Frame:
-    """What graphs of several wirings have in common, so that one model reads them all.
+class Ends:
+    """The neurons at one end of a stack's blocks: rows `nodes` of one of the batch's node tensors, or all of it."""
 
-    Args:
-        window: kernels are centred in it.
-        inputs, outputs: input and output neurons, each of which is told apart.
-        layers: hidden layers, each of which is told apart.
-        activations: names of the hidden neurons' activations.
-        locations: places in space from which channels are flattened, each of which is told apart.
-        linear: where weights without a kernel lie: at the window's centre, as of a 1x1 convolution ("convolution"), or
-            at its first place ("linear"; paper, section 2.2). Edges without a parameter stay at the centre.
-    """
+    tensor: int
+    nodes: Int[Tensor, "blocks n"] | None = None
 
-    window: tuple[int, ...]
-    inputs: int
-    outputs: int
-    layers: int
-    activations: tuple[str, ...]
-    locations: int = 0
-    linear: Linear = "convolution"
-
-    @classmethod
-    def of(cls, wirings: Iterable[Wiring]) -> Frame:
-        """The smallest frame that holds all of these wirings."""
-        groups = [group for wiring in wirings for group in wiring.groups]
-        blocks = [block for wiring in wirings for block in wiring.blocks]
-        sizes = {role: max(group.size for group in groups if group.role == role) for role in ("input", "output")}
-        hidden = [group for group in groups if group.role == "hidden"]
-        return cls(
-            window=largest_kernel(blocks),
-            inputs=sizes["input"],
-            outputs=sizes["output"],
-            layers=max((group.layer for group in hidden), default=0),
-            activations=tuple(sorted({group.activation for group in hidden})),
-            locations=1 + max((place for group in hidden for place in group.locations or ()), default=-1),
-        )
-
-    @property
-    def features(self) -> int:
-        """Numbers on an edge."""
-        return math.prod(self.window)
-
-    def slot(self, group: Group) -> int:
-        """Where a layer's weights and biases have their statistics: 0 for inputs, the last for outputs."""
-        return {"input": 0, "output": self.layers + 1}.get(group.role, group.layer)
-
-    def position(self, group: Group) -> list[int]:
-        """Row of the positional embedding of every neuron: one per input and output neuron, one per hidden layer, one
-        per location of flattened channels."""
-        if group.locations is not None:
-            return [self.inputs + self.layers + self.outputs + place for place in group.locations]
-        if group.role == "hidden":
-            return [self.inputs + group.layer - 1] * group.size
-        first = 0 if group.role == "input" else self.inputs + self.layers
-        return list(range(first, first + group.size))
-
-    def activation(self, group: Group) -> int:
-        """Row of the activation embedding; the last one for input and output neurons."""
-        return self.activations.index(group.activation) if group.role == "hidden" else len(self.activations)
-
-    def check(self, wiring: Wiring) -> None:
-        """Raise a ValueError that says why a wiring does not fit."""
-        for role in ("input", "output"):
-            count = len(wiring.with_role(role))
-            if count != 1:  # neurons of several would share rows of the positional embedding
-                raise ValueError(f"a frame holds networks with one {role} layer, not {count}")
-        for group in wiring.groups:
-            where = f"layer {group.layer} of {[g.size for g in wiring.groups]}"
-            if group.role == "hidden" and group.activation not in self.activations:
-                known = ", ".join(self.activations)
-                raise ValueError(f"unknown activation {group.activation!r} in {where}; the frame has {known}")
-            if group.role == "hidden" and group.layer > self.layers:
-                raise ValueError(f"{where} is deeper than the frame's {self.layers} hidden layers")
-            if max(group.locations or (0,)) >= max(1, self.locations):
-                raise ValueError(
-                    f"{where} is flattened at {max(group.locations) + 1} locations, the frame has {self.locations}"
-                )
-            if group.role == "input" and group.size > self.inputs:
-                raise ValueError(f"{where} has {group.size} input neurons, the frame {self.inputs}")
-        outputs = sum(group.size for group in wiring.groups if group.role == "output")
-        if outputs != self.outputs:
-            raise ValueError(f"a network has {outputs} output neurons, the frame {self.outputs}")
+    def of(self, states: Sequence[Float[Tensor, "copies _ width"]]) -> Float[Tensor, "copies*blocks n width"]:
+        """Their states."""
+        own = states[self.tensor]
+        return own if self.nodes is None else own[:, self.nodes].flatten(0, 1)
 
 
 @dataclass(frozen=True)
 class Stack:
-    """All blocks of one shape in a batch, each source to each target.
+    """Blocks of one shape, each source to each target.
+
+    `target_hops`, `source_hops`: blocks on the shortest way from their neurons to an output, in any direction, at most
+    `FAR`.
 
     Shapes:
-        targets: (blocks, targets of a block) rows of the batch's nodes
-        sources: (blocks, sources of a block)
-        target_hops, source_hops: (blocks,) blocks on the shortest way from their groups to the outputs, any direction
-        edges: which of the batch's edges, those of a block together, targets before sources
+        slot: (blocks,) row of the weights' statistics, 0 for edges without a parameter
+        present: (blocks, features) which features hold a number, the others are around a kernel; None for all
+        weights: (copies, blocks, targets, sources, features of the frame), 0 where no number is present; with several
+            channels a number, those of a feature side by side
     """
 
-    targets: Int[Tensor, "blocks t"]
-    sources: Int[Tensor, "blocks s"]
-    target_hops: Int[Tensor, " blocks"]
-    source_hops: Int[Tensor, " blocks"]
-    edges: slice
+    targets: Ends
+    sources: Ends
+    target_hops: int
+    source_hops: int
+    slot: Int[Tensor, " blocks"]
+    present: Bool[Tensor, "blocks features"] | None
+    weights: Float[Tensor, "copies blocks targets sources features"]
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return len(self.targets), self.targets.shape[1], self.sources.shape[1]
+
+@dataclass(frozen=True)
+class Nodes:
+    """What a batch's nodes are, in the order of its node tensors.
+
+    Shapes:
+        slot, position, activation: (nodes,) rows of the frame's statistics and embeddings
+        incoming, outgoing: (nodes,) numbers of edges
+    """
+
+    slot: Int[Tensor, " nodes"]
+    position: Int[Tensor, " nodes"]
+    activation: Int[Tensor, " nodes"]
+    incoming: Float[Tensor, " nodes"]
+    outgoing: Float[Tensor, " nodes"]
 
 
 @dataclass(frozen=True)
 class GraphBatch:
-    """Neural graphs of networks of any shapes.
+    """Neural graphs of networks of any architectures.
+
+    Attributes:
+        nodes: of one copy.
+        tensors: how many nodes stand in each of the tensors between which messages run.
+        is_static: whether all networks are copies of one, so that nothing but their numbers varies.
+        graphs: the networks by wiring, with their numbers in the batch.
 
     Shapes:
-        biases, node_slot, position, activation, network: (nodes,) bias (0 where there is none), rows of the frame's
-            statistics and embeddings, network that the neuron belongs to
-        weights: (edges, features of the frame), 0 outside the kernels; `present` tells these zeros from weights
-        edge_slot: (edges,) row of the statistics, 0 for edges without a parameter
-        outputs: (networks, outputs) their output neurons
-        sizes: (networks,) numbers of neurons; those of a network stand together, in the order of its wiring
+        parts: (parts of all networks,) place of each, in the order of networks, among the blocks of the stacks
+        first_part: (networks,) of every network
+        biases: (copies, nodes, channels), 0 where there is none
+        network: (nodes,) which network of a copy a node belongs to; those of a network stand together, in its order
+        inputs, outputs: (networks of a copy, inputs or outputs of the frame) its neurons, -1 for those that it lacks
+        sizes: (networks of a copy,) numbers of nodes
     """
 
     frame: Frame
-    biases: Float[Tensor, " nodes"]
-    node_slot: Int[Tensor, " nodes"]
-    position: Int[Tensor, " nodes"]
-    activation: Int[Tensor, " nodes"]
-    network: Int[Tensor, " nodes"]
-    weights: Float[Tensor, "edges features"]
-    present: Bool[Tensor, "edges features"]
-    edge_slot: Int[Tensor, " edges"]
+    nodes: Nodes
+    tensors: tuple[int, ...]
+    biases: Float[Tensor, "copies nodes channels"]
     stacks: tuple[Stack, ...]
-    outputs: Int[Tensor, "networks outputs"]
-    sizes: Int[Tensor, " networks"]
+    network: Int[Tensor, " nodes"]
+    inputs: Int[Tensor, "union inputs"]
+    outputs: Int[Tensor, "union outputs"]
+    sizes: Int[Tensor, " union"]
+    graphs: Sequence[tuple[Int[Tensor, " some"], NeuralGraph]] = field(repr=False)
+    is_static: bool = True
+    parts: Int[Tensor, " parts"] | None = None
+    first_part: Int[Tensor, " networks"] | None = None
+
+    @property
+    def copies(self) -> int:
+        return len(self.biases)
 
     @property
     def num_networks(self) -> int:
-        return len(self.sizes)
+        return self.copies * len(self.sizes)
+
+    def split(self, states: Float[Tensor, "copies nodes width"]) -> tuple[Tensor, ...]:
+        """States of all nodes as the tensors between which messages run."""
+        return states.split(self.tensors, dim=1) if len(self.tensors) > 1 else (states,)
+
+    def of_role(
+        self, states: Float[Tensor, "copies nodes width"], role: Literal["input", "output"]
+    ) -> Float[Tensor, "networks neurons width"]:
+        """States of every network's input or output neurons; zeros for those that it lacks."""
+        places = self.outputs if role == "output" else self.inputs
+        found = states[:, places.clamp(min=0)].flatten(0, 1)
+        return torch.where((places >= 0).repeat(self.copies, 1).unsqueeze(2), found, 0)
+
+    def on_graphs(
+        self, nodes: Float[Tensor, "copies nodes k"], edges: Sequence[Float[Tensor, "blocks targets sources _"]]
+    ) -> tuple[NeuralGraph, ...]:
+        """Numbers for every node and edge as graphs, one for each of `graphs`; those of kernels' places alone stay.
+
+        Shapes:
+            edges: per stack, for every feature of the frame k numbers side by side
+        """
+        if self.is_static:
+            ((_, graph),) = self.graphs
+            own = tuple(x.unflatten(0, (self.copies, -1)) for x in edges)
+            return (self._on_graph(graph.wiring, self.split(nodes), own),)
+        starts = [0, *accumulate(len(x) for x in edges)]
+        first = self.sizes.cumsum(0) - self.sizes
+        found = []
+        for rows, graph in self.graphs:
+            wiring = graph.wiring
+            index = first[rows].unsqueeze(1) + torch.arange(wiring.num_nodes, device=rows.device)
+            own_nodes = nodes[0][index].split([group.size for group in wiring.groups], dim=1)
+            own_edges, part = [], self.first_part[rows]
+            for block in wiring.blocks:
+                places = self.parts[part.unsqueeze(1) + torch.arange(block.groups, device=rows.device)]
+                stack = bisect_right(starts, int(places[0, 0])) - 1  # parts of one block have one shape
+                own_edges.append(edges[stack][places - starts[stack]])
+                part = part + block.groups
+            found.append(self._on_graph(wiring, own_nodes, own_edges))
+        return tuple(found)
+
+    def _on_graph(
+        self, wiring: Wiring, nodes: Sequence[Tensor], edges: Sequence[Float[Tensor, "n blocks targets sources _"]]
+    ) -> NeuralGraph:
+        own = []
+        for block, values in zip(wiring.blocks, edges, strict=True):
+            inside = window_of((block.kernel, block.weight is not None), self.frame) >= 0
+            by_place = values.flatten(1, 2).unflatten(-1, (self.frame.features, -1))
+            own.append(by_place[..., inside.to(values.device), :].flatten(-2))
+        return NeuralGraph(wiring, tuple(nodes), tuple(own))
+
+    def __repr__(self) -> str:
+        of = f"{len(self.graphs)} architectures" if len(self.graphs) > 1 else "one architecture"
+        return f"GraphBatch({self.num_networks} networks of {of}, {self.copies * len(self.network)} nodes)"
+
+
+def batch_of(graph: NeuralGraph, frame: Frame) -> GraphBatch:
+    """Networks of one wiring as a batch, without copying them.
+
+    Shapes:
+        graph: one batch axis; nodes and edges may have several channels a number, side by side
+
+    Raises:
+        ValueError: the wiring does not fit into the frame, or the graph has not one batch axis.
+    """
+    if graph.edges[0].dim() != 4:
+        raise ValueError(
+            f"a model reads graphs with one batch axis, of their networks, not {graph.edges[0].dim() - 3}: "
+            "bind a list of state dicts, or one stacked along a first axis"
+        )
+    layout = _layout(graph.wiring, frame, graph.edges[0].device)
+    channels = graph.nodes[0].shape[-1]
+    stacks = tuple(
+        replace(stack, weights=_in_window(edges.unflatten(1, (block.groups, -1)), places, frame, channels))
+        for block, edges, stack, places in zip(
+            graph.wiring.blocks, graph.edges, layout.stacks, layout.places, strict=True
+        )
+    )
+    return GraphBatch(
+        frame, layout.nodes, layout.tensors, torch.cat(graph.nodes, dim=1), stacks, layout.network, layout.inputs,
+        layout.outputs, layout.sizes, ((torch.arange(graph.num_networks), graph),),
+    )  # fmt: skip
+
+
+def _in_window(weights: Tensor, places: Tensor | None, frame: Frame, channels: int) -> Tensor:
+    """Numbers at their places in the window, zeros around them."""
+    if places is None:
+        return weights
+    padded = weights.new_zeros(*weights.shape[:-1], frame.features, channels)
+    return padded.index_copy(-2, places, weights.unflatten(-1, (-1, channels))).flatten(-2)
 
 
 @dataclass(frozen=True)
-class _Layouts:
-    """Where things lie in the graphs of all wirings, one after the other; `of_*` say where a wiring's own begin.
+class _Layout:
+    """Where everything lies in a batch of one wiring; `stacks` without weights."""
 
-    A part is a block, or one of the groups of a block. Offsets count from the first number of a network.
-    """
-
-    node_slot: Tensor
-    position: Tensor
-    activation: Tensor
-    output: Tensor  # (wirings, outputs) places of the output neurons
-    num_nodes: Tensor  # (wirings,)
-    first_node: Tensor
-    num_parts: Tensor
-    first_part: Tensor
-    shape: Tensor  # (parts,) index into `shapes`
-    offset: Tensor  # of a part's first weight
-    kernel: Tensor  # (parts,) index of its kind into `kernels`
-    slot: Tensor
-    target_hops: Tensor
-    source_hops: Tensor
-    first_target: Tensor  # (parts,) index into `places`
-    first_source: Tensor
-    places: Tensor  # neurons of the parts
-    kernels: Tensor  # (kernels, features) place of every number of the window within an edge, -1 where it has none
-    widths: Tensor  # (kernels,) numbers of an edge
-    shapes: tuple[tuple[int, int], ...]  # targets and sources
-
-    def to(self, device: str | torch.device) -> _Layouts:
-        moved = {field.name: getattr(self, field.name).to(device) for field in fields(self) if field.name != "shapes"}
-        return replace(self, **moved)
+    nodes: Nodes
+    tensors: tuple[int, ...]
+    stacks: tuple[Stack, ...]
+    places: tuple[Tensor | None, ...]
+    network: Tensor
+    inputs: Tensor
+    outputs: Tensor
+    sizes: Tensor
 
 
-class Collection:
-    """Networks of many shapes, kept as their parameters alone.
-
-    Args:
-        graphs: of one wiring each, with one batch axis of networks. Networks are numbered in this order.
-        frame: None for the smallest one.
-
-    Raises:
-        ValueError: there are no graphs, one has no batch axis, or a wiring does not fit into the frame.
-    """
-
-    def __init__(self, graphs: Sequence[NeuralGraph], frame: Frame | None = None) -> None:
-        if not graphs:
-            raise ValueError("a collection needs at least one graph")
-        wirings = {wiring: i for i, wiring in enumerate(dict.fromkeys(graph.wiring for graph in graphs))}
-        self.frame = Frame.of(wirings) if frame is None else frame
-        for wiring in wirings:
-            self.frame.check(wiring)
-        for graph in graphs:
-            if graph.edges[0].dim() != 4:
-                raise ValueError("graphs in a collection have one batch axis, of their networks")
-        self._layouts = _layouts(tuple(wirings), self.frame)
-        counts = torch.tensor([graph.num_networks for graph in graphs])
-        of_graph = torch.tensor([wirings[graph.wiring] for graph in graphs])
-        self.wirings = tuple(wirings)
-        self._wiring = of_graph.repeat_interleave(counts)  # of every network
-        weights = [torch.cat([edges.flatten(1) for edges in graph.edges], dim=1) for graph in graphs]
-        biases = [torch.cat([nodes.flatten(1) for nodes in graph.nodes], dim=1) for graph in graphs]
-        self._first_weight, self._first_bias = _starts(weights), _starts(biases)
-        zero = weights[0].new_zeros(1)  # what lies outside a kernel points to it
-        self._weights = torch.cat([*(values.flatten() for values in weights), zero])
-        self._biases = torch.cat([values.flatten() for values in biases])
-
-    def __len__(self) -> int:
-        return len(self._wiring)
-
-    @property
-    def sizes(self) -> Int[Tensor, " networks"]:
-        """Number of neurons of every network."""
-        return self._layouts.num_nodes[self._wiring]
-
-    def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Collection:
-        """The same networks elsewhere."""
-        moved = object.__new__(Collection)
-        moved.frame, moved.wirings, moved._layouts = self.frame, self.wirings, self._layouts.to(device)
-        for name in ("_wiring", "_first_weight", "_first_bias"):
-            setattr(moved, name, getattr(self, name).to(device))
-        for name in ("_weights", "_biases"):
-            setattr(moved, name, getattr(self, name).to(device, dtype))
-        return moved
-
-    def __getitem__(self, rows: Int[Tensor, " networks"]) -> GraphBatch:
-        """The graphs of these networks, which may repeat.
-
-        Raises:
-            ValueError: rows are none, or no integers in one tensor.
-        """
-        if not isinstance(rows, Tensor) or rows.dim() != 1 or rows.dtype != torch.long or len(rows) == 0:
-            raise ValueError("index a collection with a tensor of the networks' numbers, e.g. torch.tensor([0, 3])")
-        own, wiring = self._layouts, self._wiring[rows]
-        sizes = own.num_nodes[wiring]
-        first = sizes.cumsum(0) - sizes  # of every network, its first node in the batch
-        node = _ranges(own.first_node[wiring], sizes)
-        part = _ranges(own.first_part[wiring], own.num_parts[wiring])
-        of_part = torch.arange(len(rows), device=rows.device).repeat_interleave(own.num_parts[wiring])
-        order = own.shape[part].argsort(stable=True)
-        part, of_part = part[order], of_part[order]
-        counts = own.shape[part].bincount(minlength=len(own.shapes)).tolist()
-        edge_part = _edge_parts(counts, own.shapes, rows.device)
-        within = torch.cat(  # which of its part's edges an edge is
-            [
-                torch.arange(t * s, device=rows.device).repeat(count)
-                for count, (t, s) in zip(counts, own.shapes, strict=True)
-            ]
-        )
-        kernel = own.kernel[part]
-        start = self._first_weight[rows][of_part] + own.offset[part]
-        place = own.kernels[kernel][edge_part]
-        present = place >= 0
-        index = (start[edge_part] + within * own.widths[kernel][edge_part]).unsqueeze(1) + place
-        return GraphBatch(
-            frame=self.frame,
-            biases=self._biases[_ranges(self._first_bias[rows], sizes)],
-            node_slot=own.node_slot[node],
-            position=own.position[node],
-            activation=own.activation[node],
-            network=torch.arange(len(rows), device=rows.device).repeat_interleave(sizes),
-            weights=self._weights[torch.where(present, index, len(self._weights) - 1)],
-            present=present,
-            edge_slot=own.slot[part][edge_part],
-            stacks=_stacks(own, counts, part, first[of_part]),
-            outputs=own.output[wiring] + first.unsqueeze(1),
-            sizes=sizes,
-        )
-
-
-def _stacks(own: _Layouts, counts: list[int], part: Tensor, first: Tensor) -> tuple[Stack, ...]:
-    """The stacks of a batch, whose parts are sorted by shape; `first` is the first node of every part's network."""
-    stacks, a, edge = [], 0, 0
-    for count, (t, s) in zip(counts, own.shapes, strict=True):
-        if count:
-            rows, nodes = part[a : a + count], first[a : a + count].unsqueeze(1)
-            targets, sources = (
-                own.places[start[rows].unsqueeze(1) + torch.arange(size, device=part.device)] + nodes
-                for start, size in ((own.first_target, t), (own.first_source, s))
+@lru_cache(maxsize=256)
+def _layout(wiring: Wiring, frame: Frame, device: torch.device) -> _Layout:
+    """Read once per wiring what its batches look like."""
+    frame.check(wiring)
+    hops = hops_to_outputs(wiring)
+    stacks, places = [], []
+    for block in wiring.blocks:
+        check_kernel(block)
+        inside = window_of((block.kernel, block.weight is not None), frame)
+        found = inside >= 0
+        slot = edge_slot(wiring, block, frame)
+        stacks.append(
+            Stack(
+                targets=_ends(wiring, block.target, block.target_nodes, block.groups, device),
+                sources=_ends(wiring, block.source, block.source_nodes, block.groups, device),
+                target_hops=hops[block.target],
+                source_hops=hops[block.source],
+                slot=torch.full((block.groups,), slot, device=device),
+                present=None if found.all() else found.to(device).expand(block.groups, -1),
+                weights=torch.empty(0, device=device).expand(0, block.groups, 0, 0, 0),
             )
-            hops = own.target_hops[rows], own.source_hops[rows]
-            stacks.append(Stack(targets, sources, *hops, slice(edge, edge + count * t * s)))
-        a, edge = a + count, edge + count * t * s
-    return tuple(stacks)
-
-
-def _edge_parts(counts: list[int], shapes: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
-    """The part of every edge, parts sorted by shape."""
-    edges = torch.tensor([t * s for t, s in shapes], device=device)
-    parts = edges.repeat_interleave(torch.tensor(counts, device=device))
-    return torch.arange(len(parts), device=device).repeat_interleave(parts)
-
-
-def _starts(rows: Sequence[Tensor]) -> Tensor:
-    """Where every network's numbers begin when matrices (networks, numbers) are flattened one after the other."""
-    starts, total = [], 0
-    for values in rows:
-        count, width = values.shape
-        starts.append(total + torch.arange(count) * width)
-        total += count * width
-    return torch.cat(starts)
-
-
-def _ranges(first: Tensor, count: Tensor) -> Tensor:
-    """The numbers from `first[i]` on, `count[i]` of them, for every i."""
-    skip = count.cumsum(0) - count
-    return torch.arange(int(count.sum()), device=count.device) + (first - skip).repeat_interleave(count)
-
-
-def _layouts(wirings: Sequence[Wiring], frame: Frame) -> _Layouts:
-    """Read once what every wiring's graphs look like."""
+        )
+        identity = torch.equal(inside, torch.arange(frame.features))
+        places.append(None if identity else found.nonzero().squeeze(1).to(device))
     columns: defaultdict[str, list[Any]] = defaultdict(list)
-    shapes: dict[tuple[int, int], int] = {}
-    kernels: dict[Kind, int] = {}
-    for wiring in wirings:
-        columns["first_node"].append(len(columns["position"]))
-        columns["first_part"].append(len(columns["shape"]))
-        columns["num_nodes"].append(wiring.num_nodes)
-        _add_nodes(columns, wiring, frame)
-        offset, hops = 0, _hops_to_outputs(wiring)
-        for block in wiring.blocks:
-            offset += _add_parts(columns, wiring, block, frame, offset, hops, shapes, kernels)
-        columns["num_parts"].append(len(columns["shape"]) - columns["first_part"][-1])
-    return _Layouts(
-        **{name: torch.tensor(values) for name, values in columns.items()},
-        kernels=torch.stack([_window(kind, frame) for kind in kernels]),
-        widths=torch.tensor([math.prod(kernel) for kernel, _ in kernels]),
-        shapes=tuple(shapes),
+    add_nodes(columns, wiring, frame)
+    return _Layout(
+        nodes=Nodes(**{f.name: torch.tensor(columns[f.name], device=device) for f in fields(Nodes)}),
+        tensors=tuple(group.size for group in wiring.groups),
+        stacks=tuple(stacks),
+        places=tuple(places),
+        network=torch.zeros(wiring.num_nodes, dtype=torch.long, device=device),
+        inputs=torch.tensor(columns["inputs"], device=device),
+        outputs=torch.tensor(columns["outputs"], device=device),
+        sizes=torch.tensor([wiring.num_nodes], device=device),
     )
 
 
-def _add_nodes(columns: dict[str, list[Any]], wiring: Wiring, frame: Frame) -> None:
-    outputs = wiring.with_role("output")
-    columns["output"].append([wiring.offsets[g] + i for g in outputs for i in range(wiring.groups[g].size)])
+def _ends(wiring: Wiring, group: int, nodes: Sequence[int] | None, parts: int, device: torch.device) -> Ends:
+    size = wiring.groups[group].size
+    if parts == 1 and (nodes is None or list(nodes) == list(range(size))):
+        return Ends(group)
+    return Ends(group, torch.tensor(list(range(size) if nodes is None else nodes), device=device).view(parts, -1))
+
+
+def add_nodes(columns: dict[str, list[Any]], wiring: Wiring, frame: Frame) -> None:
+    for role, count in (("input", frame.inputs), ("output", frame.outputs)):
+        places = [wiring.offsets[g] + i for g in wiring.with_role(role) for i in range(wiring.groups[g].size)]
+        columns[f"{role}s"].append(places + [-1] * (count - len(places)))
+    columns["position"] += frame.positions_of(wiring)
     for group in wiring.groups:
-        slot = frame.slot(group) if group.bias is not None else 0
-        columns["node_slot"] += [slot] * group.size
-        columns["position"] += frame.position(group)
+        columns["slot"] += [frame.slot(group) if group.bias is not None else 0] * group.size
         columns["activation"] += [frame.activation(group)] * group.size
+    sources, targets = torch.cat([wiring.edge_index(block) for block in wiring.blocks], dim=1)
+    for name, ends in (("incoming", targets), ("outgoing", sources)):
+        columns[name] += ends.bincount(minlength=wiring.num_nodes).float().tolist()
 
 
-def _add_parts(
-    columns: dict[str, list[Any]],
-    wiring: Wiring,
-    block: Block,
-    frame: Frame,
-    offset: int,
-    hops: list[int],
-    shapes: dict[tuple[int, int], int],
-    kernels: dict[Kind, int],
-) -> int:
-    """Add a block's parts, whose numbers begin at `offset`; how many numbers it has.
+def edge_slot(wiring: Wiring, block: Block, frame: Frame) -> int:
+    return frame.slot(wiring.groups[block.target], wiring.groups[block.source].kind) if block.weight is not None else 0
 
-    Raises:
-        ValueError: an edge has several numbers that are no kernel.
-    """
+
+def block_shape(wiring: Wiring, block: Block) -> tuple[int, int]:
+    """Targets and sources of each of a block's groups."""
     t, s = (
         (wiring.groups[group].size if nodes is None else len(nodes)) // block.groups
         for group, nodes in ((block.target, block.target_nodes), (block.source, block.source_nodes))
     )
+    return t, s
+
+
+def block_numbers(wiring: Wiring, block: Block) -> int:
+    """How many numbers stand on a block's edges."""
+    t, s = block_shape(wiring, block)
+    return block.groups * t * s * math.prod(block.kernel)
+
+
+def check_kernel(block: Block) -> None:
+    """Raise a ValueError where an edge has several numbers that are no kernel."""
     width = math.prod(block.view.size[3:]) if block.view is not None else 1
     if width != math.prod(block.kernel):
         raise ValueError(f"parameter {block.weight} has {width} numbers an edge, but its kernel is {block.kernel}")
-    source, target = (ends.view(block.groups, t, s) for ends in wiring.edge_index(block))
-    for part in range(block.groups):
-        columns["shape"].append(shapes.setdefault((t, s), len(shapes)))
-        columns["offset"].append(offset + part * t * s * width)
-        kind = block.kernel, block.weight is not None
-        columns["kernel"].append(kernels.setdefault(kind, len(kernels)))
-        columns["slot"].append(frame.slot(wiring.groups[block.target]) if block.weight is not None else 0)
-        columns["target_hops"].append(hops[block.target])
-        columns["source_hops"].append(hops[block.source])
-        columns["first_source"].append(len(columns["places"]))
-        columns["places"] += source[part, 0].tolist()
-        columns["first_target"].append(len(columns["places"]))
-        columns["places"] += target[part, :, 0].tolist()
-    return block.groups * t * s * width
 
 
-def _hops_to_outputs(wiring: Wiring) -> list[int]:
-    """For every group the number of blocks on the shortest way to an output group, in any direction."""
-    groups = range(len(wiring.groups))
+def hops_to_outputs(wiring: Wiring) -> list[int]:
+    """For every group the number of blocks on the shortest way to an output group, in any direction, at most `FAR`."""
     outputs = wiring.with_role("output")
-    hops = [0 if g in outputs else len(groups) for g in groups]
-    for _ in groups:
+    hops = [0 if g in outputs else FAR for g in range(len(wiring.groups))]
+    for _ in range(FAR):
         for block in wiring.blocks:
             near = min(hops[block.source], hops[block.target]) + 1
             hops[block.source], hops[block.target] = min(hops[block.source], near), min(hops[block.target], near)
     return hops
 
 
-def _window(kind: Kind, frame: Frame) -> Tensor:
+def window_of(kind: KernelKind, frame: Frame) -> Tensor:
     """For every place of the flattened window, which of an edge's numbers lies there, -1 for none."""
     kernel, is_weight = kind
     inside = torch.full((frame.features,), -1)

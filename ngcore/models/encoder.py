@@ -3,177 +3,200 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ngcore.graph import NeuralGraph, Wiring
-from ngcore.graph.simulate import activations
+from ngcore.graph.batch import GraphBatch, Stack
+from ngcore.graph.collection import Collection
+from ngcore.graph.frame import Frame
+from ngcore.graph.simulate import activations as run
+from ngcore.models.affine import Affine
 
 FREQUENCIES = 128
+STATISTICS_BATCH = 4096  # networks whose numbers are summed at a time
 
 # How models compile their parts. Inductor's own random numbers cost a quarter of NG-T's step on a CPU: use ATen's.
 COMPILATION = {"dynamic": False, "options": {"fallback_random": True}}
 
+Normalization = Literal["layer", "none"]
+Probing = Literal["learned", "random", "grid"]
+Networks = NeuralGraph | Collection
+
 
 def fourier_features(
-    x: Float[Tensor, "*batch 1"], frequencies: Float[Tensor, " k"] | None
+    x: Float[Tensor, "*batch scalars"], frequencies: Float[Tensor, "scalars k"] | None
 ) -> Float[Tensor, "*batch features"]:
-    """Gaussian Fourier features [cos(2π x B), sin(2π x B)] (Tancik et al. 2020) of one scalar; x itself without B."""
+    """Gaussian Fourier features [cos(2π x B), sin(2π x B)] (Tancik et al. 2020); x itself without B."""
     if frequencies is None:
         return x
-    phase = (2 * math.pi) * x * frequencies
+    phase = (2 * math.pi) * (x * frequencies[0] if len(frequencies) == 1 else x @ frequencies)
     return torch.cat([phase.cos(), phase.sin()], dim=-1)
-
-
-NORMALIZATIONS = ("layer", "neuron", "none")
 
 
 class Standardize(nn.Module):
     """Numbers less their mean, divided by their standard deviation over a training set (paper, section 2.4).
 
-    Buffers, so that they are stored with a model: `node_mean`, `node_std`, `edge_mean`, `edge_std`. Until `fit` they
-    are the identity. Groups without biases stay at zero.
-
-    Args:
-        per: "layer", one mean and deviation per layer, weights and biases apart; "neuron", one for every single weight
-            and bias, which permuting neurons does not respect; "none", everything stays as it is.
+    One mean and deviation per layer, for weights and biases apart. They are buffers, so that they are stored with a
+    model. Until `fit` they are the identity. Numbers that no parameter stands for (slot 0 of the frame) stay as they
+    are, and so do zeros around kernels. A layer that no network of the training set has is read like the deepest before
+    it that one has.
     """
 
-    def __init__(self, wiring: Wiring, per: str = "layer") -> None:
+    def __init__(self, frame: Frame, normalization: Normalization = "layer") -> None:
         super().__init__()
-        if per not in NORMALIZATIONS:
-            raise ValueError(f"normalization is one of {', '.join(NORMALIZATIONS)}, not {per!r}")
-        self.wiring, self.per = wiring, per
-        empty = wiring.graph({name: torch.empty(shape, device="meta") for name, shape in wiring.parameters})
-        self.shapes = {"node": [x.shape for x in empty.nodes], "edge": [x.shape for x in empty.edges]}
-        if per != "neuron":
-            self.shapes = {kind: [torch.Size(())] * len(shapes) for kind, shapes in self.shapes.items()}
-        for kind, shapes in self.shapes.items():
-            count = sum(shape.numel() for shape in shapes)
-            self.register_buffer(f"{kind}_mean", torch.zeros(count))
-            self.register_buffer(f"{kind}_std", torch.ones(count))
+        if normalization not in ("layer", "none"):
+            raise ValueError(f"normalization is 'layer' or 'none', not {normalization!r}")
+        self.frame, self.normalization = frame, normalization
+        self.is_fitted = normalization == "none"
+        for kind in ("node", "edge"):
+            self.register_buffer(f"{kind}_mean", torch.zeros(frame.slots))
+            self.register_buffer(f"{kind}_std", torch.ones(frame.slots))
+        self.register_load_state_dict_post_hook(lambda module, _: setattr(module, "is_fitted", True))
 
-    def parts(self, kind: str, statistic: str) -> list[Tensor]:
-        """Views of a buffer, for every group ("node") or block ("edge")."""
-        shapes = self.shapes[kind]
-        parts = getattr(self, f"{kind}_{statistic}").split([shape.numel() for shape in shapes])
-        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-
-    def fit(self, graph: NeuralGraph) -> None:
-        """Take the statistics of a training set.
+    @torch.no_grad()
+    def fit(self, networks: Networks, rows: Int[Tensor, " networks"] | None = None) -> None:
+        """Take the statistics of a training set, the networks `rows` or all.
 
         Raises:
-            ValueError: a parameter holds NaN or infinity, the error names it; the graph is of another wiring.
+            ValueError: a parameter is NaN or infinite, the error names it and the network.
         """
-        self._check_wiring(graph)
-        for name, values in graph.state_dict().items():
-            if not torch.isfinite(values).all():
-                network = int(torch.nonzero(~torch.isfinite(values))[0, 0])
+        sums = {kind: torch.zeros(3, self.frame.slots, dtype=torch.float64) for kind in ("node", "edge")}
+        for numbers, graph in graphs_of(networks, rows):
+            check_finite(graph, numbers)
+            for block, edges in zip(graph.wiring.blocks, graph.edges, strict=True):
+                if block.weight is not None:
+                    source, target = graph.wiring.groups[block.source], graph.wiring.groups[block.target]
+                    _add_powers(sums["edge"], self.frame.slot(target, source.kind), edges)
+            for group, biases in zip(graph.wiring.groups, graph.nodes, strict=True):
+                if group.bias is not None:
+                    _add_powers(sums["node"], self.frame.slot(group), biases)
+        if self.normalization == "layer":
+            for kind, own in sums.items():
+                self._set(getattr(self, f"{kind}_mean"), getattr(self, f"{kind}_std"), *own.unbind())
+        self.is_fitted = True
+
+    @staticmethod
+    def _set(mean: Tensor, std: Tensor, count: Tensor, total: Tensor, square: Tensor) -> None:
+        """Statistics of every slot but the first from the count, sum and sum of squares of its numbers."""
+        for slot in range(1, len(mean)):
+            if count[slot] > 0:
+                own = total[slot] / count[slot]
+                variance = square[slot] / count[slot] - own**2
+                constant = variance <= 1e-12 * square[slot] / count[slot]  # but for rounding
+                mean[slot], std[slot] = own, 1.0 if constant else variance.sqrt()
+            elif slot > 1:
+                mean[slot], std[slot] = mean[slot - 1], std[slot - 1]
+
+    def nodes(self, batch: GraphBatch) -> Float[Tensor, "copies nodes 1"]:
+        """Standardized biases."""
+        slot = batch.nodes.slot
+        return (batch.biases - self.node_mean[slot].unsqueeze(1)) / self.node_std[slot].unsqueeze(1)
+
+    def edges(self, stack: Stack) -> Float[Tensor, "blocks targets sources features"]:
+        """Standardized weights of a stack, its copies and blocks in one axis."""
+        mean, std = (x[stack.slot].view(-1, 1, 1, 1) for x in (self.edge_mean, self.edge_std))
+        values = (stack.weights - mean) / std
+        if stack.present is not None:
+            values = torch.where(stack.present[:, None, None], values, 0)
+        return values.flatten(0, 1)
+
+
+def graphs_of(
+    networks: Networks, rows: Int[Tensor, " networks"] | None
+) -> Iterator[tuple[Int[Tensor, " some"], NeuralGraph]]:
+    """The networks `rows`, some at a time, each time of one wiring: their numbers and their graph."""
+    if rows is None:
+        rows = torch.arange(len(networks) if isinstance(networks, Collection) else networks.num_networks)
+    for part in rows.split(STATISTICS_BATCH):
+        if isinstance(networks, NeuralGraph):
+            yield part, networks[part]
+        else:
+            yield from ((part[own], graph) for own, graph in networks.graphs_of(part))
+
+
+def check_finite(graph: NeuralGraph, numbers: Int[Tensor, " networks"] | None = None) -> None:
+    """Raise a ValueError that names the first parameter with NaN or infinite elements, and its network."""
+    blocks, groups = graph.wiring.blocks, graph.wiring.groups
+    named = [(block.weight, values) for block, values in zip(blocks, graph.edges, strict=True)]
+    named += [(group.bias, values) for group, values in zip(groups, graph.nodes, strict=True)]
+    for name, values in named:
+        if not torch.isfinite(values.sum()):  # one number to look at: NaN and infinity stay in a sum
+            bad = (~torch.isfinite(values)).flatten(1).any(1).nonzero()
+            if len(bad):
+                network = int(bad[0, 0]) if numbers is None else int(numbers[bad[0, 0]])
                 raise ValueError(f"parameter {name} of network {network} is not finite")
-        if self.per == "none":
-            return
-        known = {
-            "node": [group.bias is not None for group in graph.wiring.groups],
-            "edge": [True] * len(graph.wiring.blocks),
-        }
-        axes = 0 if self.per == "neuron" else None
-        for kind, numbers in (("node", graph.nodes), ("edge", graph.edges)):
-            means, stds = self.parts(kind, "mean"), self.parts(kind, "std")
-            for values, mean, std, is_known in zip(numbers, means, stds, known[kind], strict=True):
-                if is_known:
-                    mean.copy_(values.mean(axes))
-                    std.copy_(spread(values, axes))
-
-    def forward(self, graph: NeuralGraph) -> NeuralGraph:
-        """The standardized graph.
-
-        Raises:
-            ValueError: it is of another wiring, or has not one batch axis.
-        """
-        self._check_wiring(graph)
-        nodes, edges = (
-            tuple(
-                (x - mean) / std
-                for x, mean, std in zip(numbers, self.parts(kind, "mean"), self.parts(kind, "std"), strict=True)
-            )
-            for kind, numbers in (("node", graph.nodes), ("edge", graph.edges))
-        )
-        return NeuralGraph(graph.wiring, nodes, edges)
-
-    def _check_wiring(self, graph: NeuralGraph) -> None:
-        if graph.wiring is not self.wiring and graph.wiring != self.wiring:
-            raise ValueError(
-                f"this model was built for {describe(self.wiring)}, the graph is of {describe(graph.wiring)}: "
-                "build the model with the graph's own wiring"
-            )
-        if graph.edges[0].dim() != 4:
-            raise ValueError(f"graphs have one batch axis, of their networks, not {graph.edges[0].dim() - 3}")
 
 
-def check_blocks(wiring: Wiring) -> None:
-    """Models of one wiring read dense blocks: one weight from every neuron of a group to every one of another.
-
-    Raises:
-        ValueError: names a block that is none.
-    """
-    sizes = [group.size for group in wiring.groups]
-    for block in wiring.blocks:
-        ends = (block.source_nodes, block.source), (block.target_nodes, block.target)
-        some = any(nodes is not None and len(nodes) < sizes[group] for nodes, group in ends)
-        if some or block.groups > 1 or block.weight is None or math.prod(block.kernel) > 1:
-            name = block.weight or f"groups {block.source} -> {block.target}"
-            raise ValueError(
-                f"the {block.kind} block of {name} is not one weight for every pair of neurons of two layers: "
-                "networks with such blocks are read by HeterogeneousNGGNN and HeterogeneousNGT"
-            )
+def _add_powers(sums: Float[Tensor, "3 slots"], slot: int, values: Tensor) -> None:
+    """Add the count, the sum and the sum of squares of values."""
+    values = values.double()
+    sums[0, slot] += values.numel()
+    sums[1, slot] += values.sum().cpu()
+    sums[2, slot] += values.square().sum().cpu()
 
 
-def describe(wiring: Wiring) -> str:
-    """What tells a wiring from others at a glance."""
-    return f"layers of {[group.size for group in wiring.groups]} neurons ({wiring.groups[1].activation})"
-
-
-def spread(values: Tensor, axes: int | None = None) -> Tensor:
+def spread(values: Tensor) -> Tensor:
     """Standard deviation to divide by: 1 where all values are the same."""
-    std = values.std(axes, correction=0)
+    std = values.std(correction=0)
     return torch.where(std > 0, std, 1.0)
-
-
-PROBINGS = ("learned", "random", "grid")
 
 
 class ProbeFeatures(nn.Module):
     """Activations of the input network at some inputs, projected per layer (paper, equation 2).
 
     Args:
-        probing: "learned", `points` (M, inputs) that start uniform in [-1, 1], the range of an INR's coordinates;
+        frame: of networks whose inputs have one shape.
+        count: M, how many inputs.
+        probing: "learned", points (M, *inputs) that start uniform in [-1, 1], the range of an INR's coordinates;
             "random", those that stay where they are; "grid", the centres of M equal cubes that [-1, 1]^inputs is cut
             into.
+
+    Raises:
+        ValueError: the networks' inputs are not known or not of one shape; there is no such grid.
     """
 
-    def __init__(self, wiring: Wiring, count: int, width: int, probing: str = "learned") -> None:
+    def __init__(self, frame: Frame, count: int, width: int, probing: Probing = "learned") -> None:
         super().__init__()
-        if probing not in PROBINGS:
-            raise ValueError(f"probing is one of {', '.join(PROBINGS)}, not {probing!r}")
-        (source,) = wiring.with_role("input")
-        inputs = wiring.groups[source].size
-        points = grid(count, inputs) if probing == "grid" else torch.empty(count, inputs).uniform_(-1, 1)
+        if probing not in ("learned", "random", "grid"):
+            raise ValueError(f"probing is one of learned, random, grid, not {probing!r}")
+        if frame.input_shape is None:
+            raise ValueError(
+                "probe features run the input networks, and these do not have inputs of one known shape: read them "
+                "with `trace`, which knows the operators between their neurons"
+            )
+        shape = frame.input_shape
+        points = grid(count, shape[0]) if probing == "grid" else torch.empty(count, *shape).uniform_(-1, 1)
         if probing == "learned":
             self.points = nn.Parameter(points)
         else:
             self.register_buffer("points", points)
-        self.project = nn.ModuleList(nn.Linear(count, width) for _ in wiring.groups)
-        self.norm = nn.ModuleList(nn.LayerNorm(width) for _ in wiring.groups)
+        self.frame = frame
+        self.project = nn.ModuleList(nn.Linear(count, width) for _ in range(frame.slots))
+        self.norm = nn.ModuleList(nn.LayerNorm(width) for _ in range(frame.slots))
 
-    def forward(self, graph: NeuralGraph) -> Float[Tensor, "batch nodes width"]:
+    def forward(self, batch: GraphBatch) -> Float[Tensor, "copies nodes width"]:
+        if batch.is_static:
+            return self.of_graph(batch.graphs[0][1])
+        first = batch.sizes.cumsum(0) - batch.sizes
+        found: Tensor | None = None
+        for rows, graph in batch.graphs:
+            own = self.of_graph(graph)
+            found = own.new_zeros(1, len(batch.network), own.shape[-1]) if found is None else found
+            places = first[rows].unsqueeze(1) + torch.arange(own.shape[1], device=rows.device)
+            found = found.index_copy(1, places.flatten(), own.flatten(0, 1).unsqueeze(0))
+        return found
+
+    def of_graph(self, graph: NeuralGraph) -> Float[Tensor, "networks nodes width"]:
+        """Of networks with one wiring."""
         with torch.autocast(self.points.device.type, enabled=False):  # a sine's phase needs all of its digits
-            values = activations(graph, self.points)
-        return torch.cat(
-            [norm(project(x)) for x, project, norm in zip(values, self.project, self.norm, strict=True)],
-            dim=1,
-        )
+            values = run(graph, self.points)
+        slots = [self.frame.slot(group, group.kind) for group in graph.wiring.groups]
+        return torch.cat([self.norm[s](self.project[s](x)) for x, s in zip(values, slots, strict=True)], dim=1)
 
 
 def grid(count: int, inputs: int) -> Float[Tensor, "count inputs"]:
@@ -190,80 +213,102 @@ def grid(count: int, inputs: int) -> Float[Tensor, "count inputs"]:
 
 
 class Encoder(nn.Module):
-    """First states of nodes, and the Fourier features that the models turn into first states of edges.
+    """First states of nodes, and what the first states of edges are made of.
 
-    Biases and weights are standardized per layer and pass Gaussian Fourier features and two Linears; probe features
-    join the nodes between the two, positional embeddings after them.
+    Biases and weights are standardized per layer and pass Gaussian Fourier features and two Linears; an edge's features
+    are all of its window, whose Fourier features are those of a vector. Probe features join the nodes between the two
+    Linears, embeddings of positions and activations after them.
 
     Args:
-        edge_features: scalars per edge: 3 for [e, eᵀ, e + eᵀ], 1 for e alone.
+        frame: of the networks.
+        edge_copies: how often a weight may stand among an edge's features: 3 for [e, eᵀ, e + eᵀ], 1 for e alone.
         sigma: standard deviation of the Fourier frequencies; None for a Linear of the scalars themselves.
         edge_sigma: that of edges, where it is another.
         probes: number of probe points (paper, section 2.4), 0 for none.
-        probing: where they are, as of `ProbeFeatures`.
+        probing: where they are, see `ProbeFeatures`.
         positions: give nodes their positional embeddings (paper, section 2.4).
-        normalization: as of `Standardize`.
-
-    Raises:
-        ValueError: as of `check_blocks`.
+        activations: give nodes the embedding of their activation; None: where the networks have several.
+        normalization: "layer" or "none", see `Standardize`.
     """
 
     def __init__(
         self,
-        wiring: Wiring,
+        frame: Frame,
         node_width: int,
         edge_width: int,
         *,
-        edge_features: int,
+        edge_copies: int,
         sigma: float | None,
         edge_sigma: float | None = None,
         probes: int = 0,
-        probing: str = "learned",
+        probing: Probing = "learned",
         positions: bool = True,
-        normalization: str = "layer",
+        activations: bool | None = None,
+        normalization: Normalization = "layer",
     ) -> None:
         super().__init__()
-        check_blocks(wiring)
-        self.standardize = Standardize(wiring, normalization)
-        for kind, scalars, scale in (
-            ("node", 1, sigma),
-            ("edge", edge_features, sigma if edge_sigma is None else edge_sigma),
-        ):
-            frequencies = None if sigma is None else torch.randn(scalars, FREQUENCIES) * scale
+        self.frame = frame
+        self.standardize = Standardize(frame, normalization)
+        scalars = {"node": 1, "edge": edge_copies * frame.features}
+        scales = {"node": sigma, "edge": sigma if edge_sigma is None else edge_sigma}
+        for kind, count in scalars.items():
+            frequencies = None if sigma is None else torch.randn(count, FREQUENCIES) * scales[kind]
             self.register_buffer(f"{kind}_frequencies", frequencies)
-        self.node_fourier = nn.Linear(1 if sigma is None else 2 * FREQUENCIES, node_width)
-        self.edge_fourier = nn.Linear(edge_features if sigma is None else 2 * FREQUENCIES, edge_width)
+        inputs = scalars if sigma is None else dict.fromkeys(scalars, 2 * FREQUENCIES)
+        self.node_fourier = nn.Linear(inputs["node"], node_width)
+        self.edge_fourier = nn.Linear(inputs["edge"], edge_width)
         self.node_linear = nn.Linear(node_width, node_width)
         self.edge_linear = nn.Linear(edge_width, edge_width)
-        self.probe = ProbeFeatures(wiring, probes, node_width, probing) if probes else None
-        index = position_index(wiring)
-        self.register_buffer("position_index", index, persistent=False)
-        self.positions = nn.Parameter(torch.randn(int(index.max()) + 1, node_width)) if positions else None
+        self.probe = ProbeFeatures(frame, probes, node_width, probing) if probes else None
+        self.positions = nn.Parameter(torch.randn(frame.positions, node_width)) if positions else None
+        rows = len(frame.activations) + 1
+        activations = rows > 2 if activations is None else activations
+        self.activations = nn.Parameter(torch.randn(rows, node_width)) if activations else None
+        self.transform: Callable[..., Tensor] = fourier_states
 
-    def nodes(self, graph: NeuralGraph, standardized: NeuralGraph) -> Float[Tensor, "batch nodes width"]:
-        """First states of all nodes; the input neurons, which have no bias, hold the feature 0 (equation 1).
-
-        The graph itself is what probe features run, its standardized form what is encoded.
-        """
-        biases = torch.cat(standardized.nodes, dim=1)
-        frequencies = None if self.node_frequencies is None else self.node_frequencies[0]
-        states = self.node_fourier(fourier_features(biases, frequencies))
+    def nodes(self, batch: GraphBatch) -> Float[Tensor, "copies nodes width"]:
+        """First states of all nodes; what has no bias holds the feature 0 (equation 1)."""
+        states = self.node_fourier(fourier_features(self.standardize.nodes(batch), self.node_frequencies))
         if self.probe is not None:
-            states = states + self.probe(graph)
+            states = states + self.probe(batch)
         states = self.node_linear(states)
-        return states if self.positions is None else states + self.positions[self.position_index]
+        if self.positions is not None:
+            states = states + self.positions[batch.nodes.position]
+        return states if self.activations is None else states + self.activations[batch.nodes.activation]
 
-    def edge_affine(self) -> tuple[Float[Tensor, "width features"], Float[Tensor, " width"]]:
-        """Weight and bias of the two edge Linears as one: nothing stands between them."""
-        weight = self.edge_linear.weight @ self.edge_fourier.weight
-        return weight, self.edge_linear.weight @ self.edge_fourier.bias + self.edge_linear.bias
+    def edge_affine(self) -> Affine:
+        """The two edge Linears as one: nothing stands between them."""
+        return Affine.of(self.edge_linear).after(Affine.of(self.edge_fourier))
+
+    def edges(
+        self, weights: Float[Tensor, "blocks targets sources features"], copies: tuple[int, ...], affine: Affine
+    ) -> tuple[Float[Tensor, "blocks targets sources f"], Affine | None]:
+        """First states of edges with these standardized weights, as numbers and an affine map that is still to come;
+        None where there is none.
+
+        `copies` says in which of [e, eᵀ, e + eᵀ] the weights stand. Without Fourier features the weights themselves are
+        all that is needed, unless a layer would rather read states, which are fewer.
+        """
+        if self.edge_frequencies is not None:
+            return self.transform(weights, self.edge_frequencies, copies, affine), None
+        columns = affine.weight.unflatten(1, (-1, self.frame.features))[:, list(copies)].sum(1)
+        pending = Affine(columns, affine.bias)
+        return (weights, pending) if weights.shape[-1] <= len(affine.bias) else (pending(weights), None)
 
 
-def position_index(wiring: Wiring) -> Tensor:
-    """Row of every node's positional embedding, (nodes,): one per input and output neuron, one per hidden group."""
-    index, row = [], 0
-    for group in wiring.groups:
-        own = group.role != "hidden"
-        index.append(row + (torch.arange(group.size) if own else torch.zeros(group.size, dtype=torch.long)))
-        row += group.size if own else 1
-    return torch.cat(index)
+def fourier_states(
+    weights: Float[Tensor, "*edges features"],
+    frequencies: Float[Tensor, "scalars k"],
+    copies: tuple[int, ...],
+    affine: Affine,
+) -> Float[Tensor, "*edges width"]:
+    """First states of edges: the Fourier features of a weight that stands several times have the frequencies' sum."""
+    own = frequencies.unflatten(0, (-1, weights.shape[-1]))[list(copies)].sum(0)
+    return affine(fourier_features(weights, own))
+
+
+def frame_of(networks: Wiring | Frame | Collection) -> Frame:
+    """The frame that a model is made for: of one wiring, of a collection, or given."""
+    if isinstance(networks, Wiring):
+        return Frame.of([networks])
+    return networks.frame if isinstance(networks, Collection) else networks

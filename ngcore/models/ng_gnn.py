@@ -1,33 +1,45 @@
 """NG-GNN: principal neighbourhood aggregation, FiLM messages, edge updates (paper, section 3, equations 3 and 4).
 
 Written on blocks: layers are complete bipartite, so a message is a broadcast and an aggregation a reduction over the
-source axis. The algebra is that of the paper's equations, rearranged where Linears meet without a non-linearity
-between them: Linear([v_i, v_j]) is a Linear of each, broadcast together; a Linear of a Linear is one Linear; the two
-degree scalers are one weight matrix per group. What the head does not read is not computed.
+source axis. Where Linears meet without a non-linearity between them they are rearranged: Linear([v_i, v_j]) is a Linear
+of each, broadcast together, and a Linear of a Linear is one. What the head does not read is not computed.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ngcore.graph import NeuralGraph, Wiring
-from ngcore.models.encoder import COMPILATION, Encoder, fourier_features
+from ngcore.graph.batch import Ends, GraphBatch, batch_of
+from ngcore.graph.collection import Collection
+from ngcore.graph.frame import Frame
+from ngcore.models.affine import Affine
+from ngcore.models.encoder import (
+    COMPILATION,
+    Encoder,
+    Networks,
+    Normalization,
+    Probing,
+    fourier_states,
+    frame_of,
+    graphs_of,
+)
+from ngcore.models.heads import Answer, Head, PerParameter, PerParameterHead, ScoresHead, rename_old
 from ngcore.models.kernels.dropout import dropout
 from ngcore.models.kernels.moments import Moments
+from ngcore.models.reading import prepared
 
-WIDTH = 64
-LAYERS = 4
+EPSILON = 1e-5  # under the root of a variance
 
-
-# Which ways messages run (paper, section 2.4), and in which of their edges' features the weight e stands: along the
-# network's own direction, and against it.
+# In which directions messages run (paper, section 2.4), and in which of their edges' features the weight e stands:
+# along the network's own direction, and against it.
 DIRECTIONS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "both": ((0, 2), (1, 2)),  # [e, 0, e] and [0, e, e], i.e. E, Eᵀ and E + Eᵀ
     "without_sum": ((0,), (1,)),  # [e, 0] and [0, e]
@@ -39,53 +51,53 @@ DIRECTIONS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
 
 @dataclass(frozen=True)
 class Direction:
-    """A block of messages: all of `source`'s nodes to all of `target`'s, along a wiring's block or against it.
+    """A stack's messages in one direction: all neurons `of` its blocks send one to all that they go `to`.
 
-    Of the features of its edges those of the numbers `copies` are the weight, and the others 0.
+    `hops`: from those that get them to an output. `reverse`: against the network's own direction.
     """
 
-    block: int
-    source: int
-    target: int
+    to: Ends
+    of: Ends
+    hops: int
     reverse: bool
-    copies: tuple[int, ...]
+    stack: int
 
 
-def directions_of(wiring: Wiring, directions: str = "both") -> tuple[Direction, ...]:
-    """The blocks of messages, those along the wiring's blocks first; `directions` is a key of `DIRECTIONS`.
+def directions_of(batch: GraphBatch, directions: str = "both") -> tuple[Direction, ...]:
+    """The messages of a batch's stacks, those along the network's direction first.
 
     Raises:
-        ValueError: it is none.
+        ValueError: `directions` is no key of `DIRECTIONS`.
     """
+    along, against = copies_of(directions)
+    stacks = list(enumerate(batch.stacks))
+    forward = [Direction(s.targets, s.sources, s.target_hops, False, i) for i, s in stacks if along]
+    return (*forward, *(Direction(s.sources, s.targets, s.source_hops, True, i) for i, s in stacks if against))
+
+
+def copies_of(directions: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """A value of `DIRECTIONS`; a ValueError if there is none."""
     if directions not in DIRECTIONS:
         raise ValueError(f"directions is one of {', '.join(DIRECTIONS)}, not {directions!r}")
-    along, against = DIRECTIONS[directions]
-    blocks = list(enumerate(wiring.blocks))
-    forward = [Direction(b, block.source, block.target, False, along) for b, block in blocks if along]
-    return (*forward, *(Direction(b, block.target, block.source, True, against) for b, block in blocks if against))
-
-
-def needed_directions(
-    directions: tuple[Direction, ...], read: tuple[int, ...], layers: int
-) -> list[tuple[Direction, ...]]:
-    """For each layer the messages on which the states of the groups `read` depend after the last one."""
-    needed: list[tuple[Direction, ...]] = []
-    groups = set(read)
-    for _ in range(layers):
-        needed.append(tuple(d for d in directions if d.target in groups))
-        groups |= {d.source for d in needed[-1]}
-    return needed[::-1]
+    return DIRECTIONS[directions]
 
 
 class PNALayer(nn.Module):
-    """What one round of messages and the update of the edges after it learn, for blocks however they are laid out.
+    """One round of messages, their aggregation, and the updates of nodes and edges:
+
+        m_ij = scale(e_ij) ⊙ (W [v_i, v_j] + b) + shift(e_ij)                     equation 4
+        v_i' = v_i + U [v_i, mean, min, max, std of the m_ij, each as it is and amplified]
+        e_ij' = W (SiLU(W_e e_ij + W_i v_i' + W_j v_j'))
+
+    Norms are per node, and node updates are residual: the paper does not say, but a plain stack hides the input behind
+    its own constants at first.
 
     Args:
-        updates_edges: the next layer or the head reads the edges after it (not where the head reads nodes alone).
+        updates_edges: the next layer or the head reads the edges after it.
         width: of the states of nodes and edges.
     """
 
-    def __init__(self, updates_edges: bool, dropout: float, width: int = WIDTH) -> None:
+    def __init__(self, updates_edges: bool, dropout: float, width: int) -> None:
         super().__init__()
         self.updates_edges, self.dropout, self.width = updates_edges, dropout, width
         self.film = nn.Linear(width, 2 * width)
@@ -99,259 +111,332 @@ class PNALayer(nn.Module):
             self.edge_target = nn.Linear(width, width)
             self.edge_output = nn.Linear(width, width)
 
-    def edge_affine(self, before: Any | None) -> tuple[Tensor, Tensor]:
-        """What this layer takes from the edges (scale, shift, state), and the affine map `before` it, which has a
-        weight and a bias, as one."""
-        weight, bias = self.film.weight, self.film.bias
-        if self.updates_edges:
-            weight = torch.cat([weight, self.edge_state.weight])
-            bias = torch.cat([bias, self.edge_state.bias])
-        return (weight, bias) if before is None else (weight @ before.weight, weight @ before.bias + bias)
+    def forward(
+        self,
+        nodes: tuple[Tensor, ...],
+        edges: tuple[Tensor, ...],
+        pending: tuple[Affine | None, Affine | None],
+        directions: tuple[Direction, ...],
+        updated: tuple[bool, ...],
+        isolated: tuple[bool, ...],
+        degrees: tuple[Tensor, ...],
+        scalers: tuple[Tensor, ...],
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """New states of the nodes, and of the edges that are `updated`, these before their output Linear.
 
-    def message_terms(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
+        Shapes:
+            nodes[g]: (copies, nodes of tensor g, width)
+            edges[k]: (blocks, targets, sources, f) of the k-th direction; their states are the affine map `pending` of
+                it, one for each direction
+            isolated[g]: tensor g never gets messages; others that get none are too far from what is read
+            degrees[g], scalers[g]: (nodes of tensor g, 1) number of messages (at least 1), PNA's amplification
+        """
+        read = self._read(edges, pending, directions, updated)
+        of_target, of_source = zip(*map(self._message_terms, nodes), strict=True)
+        received: list[list[tuple[Ends, tuple[Tensor, ...]]]] = [[] for _ in nodes]
+        for direction, (scale, shift, *_) in zip(directions, read, strict=True):
+            found = Moments.apply(scale, shift, direction.to.of(of_target), direction.of.of(of_source))
+            received[direction.to.tensor].append((direction.to, found))
+        nodes = tuple(
+            self._update_nodes(v, aggregate(own, v, degree), scaler) if own or is_isolated else v
+            for v, own, is_isolated, degree, scaler in zip(nodes, received, isolated, degrees, scalers, strict=True)
+        )
+        if not any(updated):
+            return nodes, ()
+        of_target, of_source = tuple(map(self.edge_target, nodes)), tuple(map(self.edge_source, nodes))
+        states = []
+        for direction, (*_, state), is_updated in zip(directions, read, updated, strict=True):
+            if is_updated:
+                target, source = direction.to.of(of_target), direction.of.of(of_source)
+                states.append(F.silu(state + target.unsqueeze(2) + source.unsqueeze(1)))
+        return nodes, tuple(states)
+
+    def _read(
+        self,
+        edges: tuple[Tensor, ...],
+        pending: tuple[Affine | None, Affine | None],
+        directions: tuple[Direction, ...],
+        updated: tuple[bool, ...],
+    ) -> list[tuple[Tensor, ...]]:
+        """What the layer takes from every edge: scale, shift and, where it is updated, W_e e; all in one product, with
+        the map that is pending composed into it."""
+        film = [Affine.of(self.film).after(first) for first in pending]
+        both = film
+        if any(updated):
+            joined = Affine(
+                torch.cat([self.film.weight, self.edge_state.weight]), torch.cat([self.film.bias, self.edge_state.bias])
+            )
+            both = [joined.after(first) for first in pending]
+        return [
+            (both if is_updated else film)[direction.reverse](edge).split(self.width, dim=-1)
+            for direction, edge, is_updated in zip(directions, edges, updated, strict=True)
+        ]
+
+    def _message_terms(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
         """What targets and sources add to a message: Linear([v_i, v_j]) is a Linear of each."""
         target, source = self.message.weight.split(self.width, dim=1)
         return F.linear(nodes, target, self.message.bias), F.linear(nodes, source)
 
-    def added(self, v: Tensor, change: Tensor) -> Tensor:
-        """The state with its change, which is normalized where another layer follows."""
-        if self.updates_edges:
+    def _update_nodes(
+        self, v: Float[Tensor, "copies n width"], gathered: Float[Tensor, "copies n 4*width"], scaler: Tensor
+    ) -> Float[Tensor, "copies n width"]:
+        """PNA's update: aggregates by identity and amplification through two Linears as one, added to the state."""
+        own, plain, amplified = self.update.weight.split([self.width, 4 * self.width, 4 * self.width], dim=1)
+        first = Affine(torch.cat([own, plain], dim=1), self.update.bias)
+        change = Affine.of(self.output).after(first)(torch.cat([v, gathered], dim=-1))
+        change = change + scaler * F.linear(gathered, self.output.weight @ amplified)
+        if self.updates_edges:  # another layer follows
             change = dropout(F.silu(self.norm(change)), self.dropout, self.training)
         return v + change
 
 
-class NGGNNLayer(PNALayer):
-    """A layer for networks of one wiring: messages along `directions`, and new states of the `updated` edges.
+def aggregate(
+    received: Sequence[tuple[Ends, tuple[Tensor, ...]]], v: Float[Tensor, "copies n width"], degree: Tensor
+) -> Float[Tensor, "copies n 4*width"]:
+    """Mean, minimum, maximum and standard deviation of all messages to the nodes of a tensor; zeros where there are
+    none. `received` holds sums, sums of squares, minima and maxima from every block."""
+    if not received:
+        total = square = low = high = torch.zeros_like(v)
+    elif all(to.nodes is None for to, _ in received):
+        total, square, low, high = _combined([found for _, found in received])
+    else:
+        total, square, low, high = _scattered(received, v)
+    mean = total / degree
+    std = ((square / degree - mean.square()).relu() + EPSILON).sqrt()
+    return torch.cat([mean, low, high, std], dim=-1)
+
+
+def _combined(several: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Of messages from several blocks to the same nodes."""
+    total, square, low, high = several[0]
+    for more_total, more_square, more_low, more_high in several[1:]:
+        total, square = total + more_total, square + more_square
+        low, high = torch.minimum(low, more_low), torch.maximum(high, more_high)
+    return total, square, low, high
+
+
+def _scattered(received: Sequence[tuple[Ends, tuple[Tensor, ...]]], v: Tensor) -> tuple[Tensor, ...]:
+    """Of messages from several blocks to some nodes each."""
+    every = torch.arange(v.shape[1], device=v.device)
+    index = torch.cat([every if to.nodes is None else to.nodes.flatten() for to, _ in received])
+    total, square, low, high = (
+        torch.cat([part.reshape(len(v), -1, part.shape[-1]) for part in parts], dim=1)
+        for parts in zip(*(found for _, found in received), strict=True)
+    )
+    zero = total.new_zeros(v.shape)
+    total, square = zero.index_add(1, index, total), zero.index_add(1, index, square)
+    index = index.unsqueeze(1).expand_as(low)
+    low = zero.scatter_reduce(1, index, low, "amin", include_self=False)
+    return total, square, low, zero.scatter_reduce(1, index, high, "amax", include_self=False)
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """How many messages every node of a batch gets, per node tensor: the number to divide by, and PNA's amplification
+    log(degree + 1) / δ."""
+
+    degrees: tuple[Float[Tensor, "n 1"], ...]
+    scalers: tuple[Float[Tensor, "n 1"], ...]
+
+    @classmethod
+    def of(cls, batch: GraphBatch, directions: str, mean_log_degree: Tensor) -> Neighbours:
+        count = degrees(batch, directions).to(mean_log_degree.dtype).view(-1, 1)
+        scaler = torch.log(count + 1) / mean_log_degree
+        return cls(count.clamp(min=1).split(batch.tensors), scaler.split(batch.tensors))
+
+
+def degrees(batch: GraphBatch, directions: str) -> Float[Tensor, " nodes"]:
+    """Number of messages that every node gets."""
+    along, against = copies_of(directions)
+    return bool(along) * batch.nodes.incoming + bool(against) * batch.nodes.outgoing
+
+
+def propagate(
+    layers: Sequence[PNALayer],
+    nodes: tuple[Tensor, ...],
+    edges: tuple[Tensor, ...],
+    pending: tuple[Affine | None, Affine | None],
+    directions: tuple[Direction, ...],
+    neighbours: Neighbours,
+    *,
+    everything: bool,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Affine | None]:
+    """All layers: the last states of nodes, and of edges as numbers and the affine map still to come.
 
     Args:
-        directions: the blocks whose messages are computed.
-        updated: those whose edges are read after it, maybe none.
-        scalers: PNA's amplification log(degree + 1) / δ of every group.
-        degrees: number of incoming edges of a node of every group.
+        everything: all states are read after the last layer, those of edges in the network's own direction; else those
+            of output neurons alone, and what is too far from them is not computed.
+    """
+    reached = {direction.to.tensor for direction in directions}
+    isolated = tuple(g not in reached for g in range(len(nodes)))
+    for k, layer in enumerate(layers):
+        left = len(layers) - 1 - k
+        if everything:
+            updated = tuple(left > 0 or not direction.reverse for direction in directions)
+        else:
+            near = [direction.hops <= left for direction in directions]
+            directions, edges = _those(directions, near), _those(edges, near)
+            updated = tuple(left > 0 and direction.hops < left for direction in directions)
+        own = neighbours.degrees, neighbours.scalers
+        nodes, edges = layer(nodes, edges, pending, directions, updated, isolated, *own)
+        directions = _those(directions, updated)
+        after = Affine.of(layer.edge_output) if layer.updates_edges else None
+        pending = (after, after)
+    return nodes, edges, pending[0]
+
+
+def _those(values: tuple[Any, ...], chosen: Sequence[bool]) -> tuple[Any, ...]:
+    return tuple(value for value, is_chosen in zip(values, chosen, strict=True) if is_chosen)
+
+
+class NGGNN(nn.Module):
+    """NG-GNN: reads neural graphs by messages along their edges in both directions.
+
+    With class scores for 10 classes and a 2-32-32-1 network it has 331,466 parameters, with 64 probe features 348,746
+    (paper, appendix D.1); for the CNN Wild Park (kernels up to 7x7, 3 inputs, 5 hidden layers, 10 outputs, 6
+    activations), with one score and Fourier features 369,025 (appendix D.2), without them 345,729.
+
+    Args:
+        networks: what it reads: a wiring, the frame of several, or a collection of networks.
+        head: what is asked for: `Scores(classes)`, or `PerParameter(numbers)`.
+        width: of the states of nodes and edges.
+        layers: rounds of messages.
+        probes: number of probe points (paper, section 2.4), 0 for none; `probing`: "learned", "random" or "grid".
+        positions: give nodes their positional embeddings (section 2.4).
+        activations: give nodes the embedding of their activation; None: where the networks have several.
+        directions: in which directions messages run, a key of `DIRECTIONS`. Where they only run against the network's
+            own, the head reads the input neurons.
+        sigma: standard deviation of the Fourier frequencies of weights and biases; None for Linears of the numbers.
+        edge_sigma: that of weights, where it is another.
+        normalization: "layer": parameters are standardized per layer once `fit_normalization` is given; or "none".
+        dropout: of node updates.
+
+    Raises:
+        ValueError: an option is unknown; numbers per parameter without messages in the network's own direction.
     """
 
     def __init__(
         self,
-        directions: tuple[Direction, ...],
-        updated: tuple[Direction, ...],
-        scalers: tuple[float, ...],
-        degrees: tuple[int, ...],
-        dropout: float,
-    ) -> None:
-        super().__init__(bool(updated), dropout)
-        self.directions, self.updated = directions, updated
-        self.scalers, self.degrees = scalers, degrees
-
-    def forward(
-        self, nodes: tuple[Tensor, ...], edges: tuple[Tensor, ...], affine: tuple[Tensor, Tensor]
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """New states of all groups, and of the `updated` edges before their output Linear.
-
-        Shapes:
-            nodes[g]: (batch, size of g, 64)
-            edges[i]: (batch, targets, sources, f) of the i-th direction, f as `affine` takes it
-        """
-        weight, bias = affine
-        film = weight[: 2 * WIDTH], bias[: 2 * WIDTH]
-        read = [
-            F.linear(edge, *(affine if direction in self.updated else film)).split(WIDTH, dim=-1)
-            for direction, edge in zip(self.directions, edges, strict=True)
-        ]
-        of_target, of_source = zip(*map(self.message_terms, nodes), strict=True)
-        moments: dict[int, tuple[Tensor, ...]] = {}
-        for direction, (scale, shift, *_) in zip(self.directions, read, strict=True):
-            found = Moments.apply(scale, shift, of_target[direction.target], of_source[direction.source])
-            known = moments.get(direction.target)
-            moments[direction.target] = found if known is None else combine(known, found)
-        for g, v in enumerate(nodes):
-            if self.degrees[g] == 0:  # gathers nothing
-                moments[g] = (torch.zeros_like(v),) * 4
-        nodes = tuple(self.updated_nodes(g, v, moments[g]) if g in moments else v for g, v in enumerate(nodes))
-        if not self.updated:
-            return nodes, ()
-        of_target = [F.linear(v, self.edge_target.weight, self.edge_target.bias) for v in nodes]
-        of_source = [F.linear(v, self.edge_source.weight, self.edge_source.bias) for v in nodes]
-        states = []
-        for direction, (*_, state) in zip(self.directions, read, strict=True):
-            if direction in self.updated:
-                target, source = of_target[direction.target], of_source[direction.source]
-                states.append(F.silu(state + target.unsqueeze(2) + source.unsqueeze(1)))
-        return nodes, tuple(states)
-
-    def updated_nodes(self, group: int, v: Tensor, moments: tuple[Tensor, ...]) -> Tensor:
-        """PNA's update, added to the state: aggregates by identity and amplification, then two Linears as one."""
-        total, square, low, high = moments
-        degree = max(1, self.degrees[group])
-        mean = total / degree
-        std = ((square / degree - mean.square()).relu() + 1e-5).sqrt()
-        own, plain, amplified = self.update.weight.split([WIDTH, 4 * WIDTH, 4 * WIDTH], dim=1)
-        weight = self.output.weight @ torch.cat([own, plain + self.scalers[group] * amplified], dim=1)
-        bias = self.output.weight @ self.update.bias + self.output.bias
-        return self.added(v, F.linear(torch.cat([v, mean, low, high, std], dim=-1), weight, bias))
-
-
-def combine(known: tuple[Tensor, ...], found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Sum, sum of squares, minimum and maximum over two sets of messages to the same nodes."""
-    total, square, low, high = zip(known, found, strict=True)
-    return sum(total), sum(square), torch.minimum(*low), torch.maximum(*high)
-
-
-def first_edges(
-    weights: Float[Tensor, "batch targets sources 1"],
-    frequencies: Float[Tensor, "features k"] | None,
-    affine: tuple[Tensor, Tensor],
-    reverse: bool,
-    copies: tuple[int, ...],
-) -> Float[Tensor, "batch _ _ 64"]:
-    """First states of a block's edges, of whose features those of the numbers `copies` are the weight, the others 0."""
-    values = weights.transpose(1, 2) if reverse else weights
-    weight, bias = affine
-    if frequencies is None:  # a Linear of copies of w is one of w
-        return F.linear(values, sum(weight[:, copy, None] for copy in copies), bias)
-    return F.linear(fourier_features(values, sum(frequencies[copy] for copy in copies)), weight, bias)
-
-
-class NGGNNStack(nn.Module):
-    """Encoder and layers of NG-GNN: by default reversed edges, edge features [e, eᵀ, e + eᵀ]; 4 layers of width 64.
-
-    Layer norm is per node, and node updates are residual: the paper does not say, but a plain stack hides the input
-    behind its own constants at first (after 64 steps of 32 MNIST INRs, 64 probe features, it is at chance, the
-    residual one above 50 %).
-
-    Args:
-        wiring: of the input networks.
-        read: the groups whose states are read after the last layer.
-        read_edges: the directions whose edges are read after it.
-        directions: which ways messages run, a key of `DIRECTIONS`.
-        encoding: options of `Encoder`.
-    """
-
-    def __init__(
-        self,
-        wiring: Wiring,
-        read: tuple[int, ...],
-        read_edges: tuple[Direction, ...],
+        networks: Wiring | Frame | Collection,
+        head: Head,
         *,
-        dropout: float,
+        width: int = 64,
+        layers: int = 4,
+        probes: int = 0,
+        probing: Probing = "learned",
+        positions: bool = True,
+        activations: bool | None = None,
         directions: str = "both",
-        **encoding: Any,
+        sigma: float | None = 3.0,
+        edge_sigma: float | None = None,
+        normalization: Normalization = "layer",
+        dropout: float = 0.2,
     ) -> None:
         super().__init__()
-        self.wiring = wiring
-        every = directions_of(wiring, directions)
-        if not set(read_edges) <= set(every):
-            raise ValueError(
-                f"the head reads edges as directions 'both' have them, and {directions!r} does not: leave it at 'both'"
-            )
-        features = 1 + max(copy for direction in every for copy in direction.copies)
-        self.encoder = Encoder(wiring, WIDTH, WIDTH, edge_features=features, **encoding)
-        needed = [*needed_directions(every, read, LAYERS), read_edges]
-        degrees = tuple(
-            sum(wiring.groups[d.source].size for d in every if d.target == g) for g in range(len(wiring.groups))
+        along, against = copies_of(directions)
+        self.frame, self.directions = frame_of(networks), directions
+        self.wiring = networks if isinstance(networks, Wiring) else None
+        self.encoder = Encoder(
+            self.frame,
+            width,
+            width,
+            edge_copies=1 + max(along + against),
+            sigma=sigma,
+            edge_sigma=edge_sigma,
+            probes=probes,
+            probing=probing,
+            positions=positions,
+            activations=activations,
+            normalization=normalization,
         )
-        logs = [math.log(degree + 1) for degree in degrees]
-        delta = sum(group.size * log for group, log in zip(wiring.groups, logs, strict=True)) / wiring.num_nodes
-        scalers = tuple(log / delta for log in logs)
-        self.layers = nn.ModuleList(
-            NGGNNLayer(needed[k], needed[k + 1], scalers, degrees, dropout) for k in range(LAYERS)
-        )
-        self.first_edges = first_edges
+        self.register_buffer("mean_log_degree", torch.ones(()))
+        per_parameter = isinstance(head, PerParameter)
+        self.layers = nn.ModuleList(PNALayer(per_parameter or k < layers - 1, dropout, width) for k in range(layers))
+        if per_parameter:
+            if not along:
+                raise ValueError(f"numbers per parameter need messages along the edges, and {directions!r} has none")
+            self.head: ScoresHead | PerParameterHead = PerParameterHead(self.frame, head, width, width)
+        else:
+            neurons = self.frame.outputs if along else self.frame.inputs
+            self.head = ScoresHead(neurons, head, (width, width, width))
+        if self.wiring is not None:
+            self._fit_degrees(self.wiring.graph(_nothing(self.wiring)), None)
+        self.register_load_state_dict_pre_hook(_load_old)
 
-    def fit_normalization(self, graph: NeuralGraph) -> None:
-        """Take the training set's statistics, by which every input is standardized."""
-        self.encoder.standardize.fit(graph)
+    def fit_normalization(self, networks: Networks, rows: Int[Tensor, " networks"] | None = None) -> None:
+        """Take a training set's statistics, by which every input is standardized: the networks `rows`, or all.
+
+        And PNA's δ, the mean of log(degree + 1) over their nodes.
+
+        Raises:
+            ValueError: a parameter is NaN or infinite.
+        """
+        self.encoder.standardize.fit(networks, rows)
+        self._fit_degrees(networks, rows)
+
+    @torch.no_grad()
+    def _fit_degrees(self, networks: Networks, rows: Int[Tensor, " networks"] | None) -> None:
+        total, count = 0.0, 0
+        for numbers, graph in graphs_of(networks, rows):
+            batch = batch_of(graph[:1], self.frame)
+            total += len(numbers) * float(torch.log(degrees(batch, self.directions) + 1).double().sum())
+            count += len(numbers) * graph.wiring.num_nodes
+        self.mean_log_degree.fill_(total / count)
 
     def compile_parts(self) -> None:
-        """Compile the parts that a training step spends its time in."""
-        self.first_edges = torch.compile(first_edges, **COMPILATION)
+        """Compile the parts that a training step spends its time in: for networks of one wiring, whose shapes stay."""
+        self.encoder.transform = torch.compile(fourier_states, **COMPILATION)
         for layer in self.layers:
             layer.compile(**COMPILATION)
 
-    def states(self, graph: NeuralGraph) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Last states of all groups (of those that are read they are complete), and of the edges that are read,
-        before the last layer's `edge_output`."""
-        standardized = self.encoder.standardize(graph)
-        nodes = self.encoder.nodes(graph, standardized).split([group.size for group in self.wiring.groups], dim=1)
-        weights, affine = standardized.edges, self.encoder.edge_affine()
-        edges = tuple(
-            self.first_edges(weights[d.block], self.encoder.edge_frequencies, affine, d.reverse, d.copies)
-            for d in self.layers[0].directions
+    def forward(self, graph: NeuralGraph | GraphBatch) -> Answer:
+        """Scores (networks, count); or graphs of the same wirings, with `count` numbers for each on nodes and edges."""
+        batch = prepared(self, graph)
+        directions = directions_of(batch, self.directions)
+        nodes = batch.split(self.encoder.nodes(batch))
+        edges, pending = self._first_edges(batch, directions)
+        per_parameter, role = isinstance(self.head, PerParameterHead), self._read_role
+        nodes, edges, after = propagate(
+            self.layers,
+            nodes,
+            edges,
+            pending,
+            directions,
+            Neighbours.of(batch, self.directions, self.mean_log_degree),
+            everything=per_parameter or role == "input",
         )
-        before = None
-        for layer in self.layers:
-            nodes, edges = layer(nodes, edges, layer.edge_affine(before))
-            before = layer.edge_output if layer.updated else None
-        return nodes, edges
+        states = torch.cat(nodes, dim=1)
+        if not per_parameter:
+            return self.head(batch.of_role(states, role).flatten(1))
+        edge = Affine.of(self.head.edge).after(after)
+        return self.head(batch, self.head.node(states), tuple(map(edge, edges)))
+
+    @property
+    def _read_role(self) -> Literal["input", "output"]:
+        """Whose states a head of scores reads: where messages only run against the network's direction, the inputs'."""
+        return "output" if DIRECTIONS[self.directions][0] else "input"
+
+    def _first_edges(
+        self, batch: GraphBatch, directions: tuple[Direction, ...]
+    ) -> tuple[tuple[Tensor, ...], tuple[Affine | None, Affine | None]]:
+        """First states of the edges of all directions, as numbers and an affine map for each."""
+        weights = [self.encoder.standardize.edges(stack) for stack in batch.stacks]
+        copies, affine = DIRECTIONS[self.directions], self.encoder.edge_affine()
+        edges, pending = [], [None, None]
+        for direction in directions:
+            own = weights[direction.stack]
+            own = own.transpose(1, 2) if direction.reverse else own
+            found, pending[direction.reverse] = self.encoder.edges(own, copies[direction.reverse], affine)
+            edges.append(found)
+        return tuple(edges), tuple(pending)
 
 
-class NGGNN(NGGNNStack):
-    """NG-GNN for a property of the whole input network: class scores of an INR's image.
-
-    For 10 classes and a 2-32-32-1 network it has 331,466 parameters, with 64 probe features 348,746 (paper, appendix
-    D.1).
-
-    Args: as of `NGGNNStack`. The head reads output neurons; where messages only run against the network's direction
-        and reach none of them, it reads input neurons.
-    """
-
-    def __init__(
-        self,
-        wiring: Wiring,
-        num_classes: int,
-        *,
-        dropout: float = 0.2,
-        sigma: float | None = 3.0,
-        directions: str = "both",
-        **encoding: Any,
-    ) -> None:
-        self.read = wiring.with_role("input" if directions == "reversed" else "output")
-        super().__init__(wiring, self.read, (), dropout=dropout, sigma=sigma, directions=directions, **encoding)
-        outputs = sum(wiring.groups[g].size for g in self.read)
-        self.head = nn.Sequential(
-            nn.Linear(outputs * WIDTH, WIDTH),
-            nn.ReLU(),
-            nn.Linear(WIDTH, WIDTH),
-            nn.ReLU(),
-            nn.Linear(WIDTH, num_classes),
-        )
-
-    def forward(self, graph: NeuralGraph) -> Float[Tensor, "batch classes"]:
-        nodes, _ = self.states(graph)
-        return self.head(torch.cat([nodes[g] for g in self.read], dim=1).flatten(1))
+def _nothing(wiring: Wiring) -> dict[str, Tensor]:
+    """One network of zeros without memory."""
+    return {name: torch.zeros(()).expand(1, *shape) for name, shape in wiring.parameters}
 
 
-class EquivariantNGGNN(NGGNNStack):
-    """NG-GNN with numbers for every parameter: the stack without its aggregation over nodes (paper, appendix D.1).
-
-    The last layer updates edges as the others do. A Linear of their states, of both kinds, is the head. Weights and
-    biases enter through Linears by default, without Fourier features, as in the public editing model.
-
-    Args:
-        outputs: numbers per parameter.
-        others: as of `NGGNNStack`.
-    """
-
-    def __init__(
-        self,
-        wiring: Wiring,
-        outputs: int = 1,
-        *,
-        dropout: float = 0.2,
-        sigma: float | None = None,
-        **encoding: Any,
-    ) -> None:
-        every = tuple(range(len(wiring.groups)))
-        forward = tuple(direction for direction in directions_of(wiring) if not direction.reverse)
-        super().__init__(wiring, every, forward, dropout=dropout, sigma=sigma, **encoding)
-        self.node_head = nn.Linear(WIDTH, outputs)
-        self.edge_head = nn.Linear(WIDTH, outputs)
-
-    def forward(self, graph: NeuralGraph) -> NeuralGraph:
-        """The same wiring with `outputs` features on nodes and edges."""
-        nodes, edges = self.states(graph)
-        before = self.layers[-1].edge_output  # two Linears as one
-        weight = self.edge_head.weight @ before.weight
-        bias = self.edge_head.weight @ before.bias + self.edge_head.bias
-        return NeuralGraph(
-            self.wiring, tuple(map(self.node_head, nodes)), tuple(F.linear(edge, weight, bias) for edge in edges)
-        )
+def _load_old(module: NGGNN, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Weights stored by earlier versions: δ was no part of them where the wiring tells it."""
+    rename_old(state_dict, prefix, module.frame)
+    state_dict.setdefault(f"{prefix}mean_log_degree", module.mean_log_degree)

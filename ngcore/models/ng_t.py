@@ -13,20 +13,25 @@ relational transformer (Diao & Loynd 2023), rearranged so that as little as poss
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from itertools import pairwise
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ngcore.graph import NeuralGraph, Wiring
-from ngcore.models.encoder import COMPILATION, Encoder, fourier_features
+from ngcore.graph.batch import GraphBatch
+from ngcore.graph.collection import Collection
+from ngcore.graph.frame import Frame
+from ngcore.models.encoder import COMPILATION, Encoder, Networks, Normalization, Probing, frame_of
+from ngcore.models.heads import Answer, Head, PerParameter, PerParameterHead, ScoresHead, rename_old
 from ngcore.models.kernels.dropout import dropout
-
-LAYERS = 4
+from ngcore.models.reading import prepared
 
 
 class Widths(NamedTuple):
@@ -38,7 +43,8 @@ class Widths(NamedTuple):
     heads: int = 4
 
 
-WIDTHS = Widths()  # of the paper's experiments on INRs
+INR_WIDTHS = Widths()  # of the paper's experiments on INRs (appendix D.1)
+CNN_WIDTHS = Widths(node=16, edge=8, attention=32, heads=1)  # on CNNs (appendix D.2); attention's in proportion
 
 
 Pairs = tuple[slice, slice]  # rows (targets) and columns (sources) of the pairs of nodes
@@ -48,7 +54,7 @@ EVERY = slice(None)
 class RelationalAttention(nn.Module):
     """Attention in which pairs of nodes have states of their own, up to and including its output Linears."""
 
-    def __init__(self, widths: Widths = WIDTHS) -> None:
+    def __init__(self, widths: Widths = INR_WIDTHS) -> None:
         super().__init__()
         node, edge, attention, self.heads = widths
         self.node_qkv = nn.Linear(node, 3 * attention, bias=False)
@@ -148,20 +154,19 @@ class NGTLayer(nn.Module):
     another form takes the first one's place.
 
     Args:
-        attended: rows (targets) of the pairs that enter: the others are not computed.
-        updated: the sets of pairs that leave, none where the head reads nodes alone.
+        updates_edges: pairs are read after the layer.
     """
 
-    def __init__(self, attended: slice, updated: tuple[Pairs, ...], dropout: float, widths: Widths = WIDTHS) -> None:
+    def __init__(self, updates_edges: bool, dropout: float, widths: Widths = INR_WIDTHS) -> None:
         super().__init__()
-        self.attended, self.updated, self.dropout = attended, updated, dropout
+        self.dropout = dropout
         node, edge = widths.node, widths.edge
         self.attention = RelationalAttention(widths)
         self.node_norm1 = nn.LayerNorm(node)
         self.node_feed1 = nn.Linear(node, 2 * node, bias=False)
         self.node_feed2 = nn.Linear(2 * node, node)
         self.node_norm2 = nn.LayerNorm(node)
-        if updated:
+        if updates_edges:
             self.edge_pair = nn.Linear(2 * edge, 2 * edge)
             self.edge_source = nn.Linear(node, 2 * edge)
             self.edge_target = nn.Linear(node, 2 * edge)
@@ -175,21 +180,23 @@ class NGTLayer(nn.Module):
         return dropout(x, self.dropout, self.training)
 
     def gather(
-        self, nodes: Tensor, edges: Tensor, present: Bool[Tensor, "batch n"] | None = None
+        self, nodes: Tensor, edges: Tensor, rows: slice = EVERY, present: Bool[Tensor, "batch n"] | None = None
     ) -> Float[Tensor, "batch rows node"]:
-        """What the attended nodes gather; nodes that are not `present` are not read."""
-        return self.attention(nodes, edges, self.attended, present)
+        """What the nodes `rows` gather; nodes that are not `present` are not read."""
+        return self.attention(nodes, edges, rows, present)
 
     def forward(
         self,
         nodes: Float[Tensor, "batch n node"],
         gathered: Float[Tensor, "batch rows node"],
         edges: Float[Tensor, "batch rows n edge"],
+        rows: slice = EVERY,
+        updated: tuple[Pairs, ...] = (),
     ) -> tuple[Float[Tensor, "batch rows node"], tuple[Tensor, ...]]:
-        """New states of the attended nodes, and of every set of updated pairs."""
-        nodes = self.node_norm1(nodes[:, self.attended] + self.drop(gathered))
+        """New states of the nodes `rows`, and of every set of pairs that is `updated`."""
+        nodes = self.node_norm1(nodes[:, rows] + self.drop(gathered))
         nodes = self.node_norm2(nodes + self.drop(self.node_feed2(F.gelu(self.node_feed1(nodes)))))
-        return nodes, tuple(self.update_edges(nodes, edges, *pairs) for pairs in self.updated)
+        return nodes, tuple(self.update_edges(nodes, edges, *pairs) for pairs in updated)
 
     def update_edges(
         self, nodes: Tensor, edges: Tensor, rows: slice, columns: slice
@@ -203,146 +210,263 @@ class NGTLayer(nn.Module):
         return self.edge_norm2(edges + self.drop(self.edge_feed2(F.gelu(self.edge_feed1(edges)))))
 
 
-def block_pairs(wiring: Wiring) -> tuple[Pairs, ...]:
-    """The pairs that every block of a wiring connects."""
-    nodes = [slice(*ends) for ends in pairwise(wiring.offsets)]
-    return tuple((nodes[block.target], nodes[block.source]) for block in wiring.blocks)
+@dataclass(frozen=True)
+class Places:
+    """Where the nodes of networks stand among all pairs: each network filled up to the largest.
+
+    Copies of one network keep the order of its wiring (`in_order`). Where networks differ, output neurons come first:
+    one slice is theirs in all.
+
+    Shapes:
+        network, place: (nodes of a copy,) which of a copy's `networks` a node belongs to, and where it stands in it
+        present: (networks, size) which places hold a node, None for all
+        outputs: the places of the output neurons
+    """
+
+    network: Int[Tensor, " nodes"]
+    place: Int[Tensor, " nodes"]
+    networks: int
+    size: int
+    outputs: slice
+    present: Bool[Tensor, "networks size"] | None = None
+    in_order: bool = False
+
+    @classmethod
+    def of(cls, batch: GraphBatch) -> Places:
+        run = _run_of(batch.outputs[0].tolist()) if batch.is_static else None
+        if run is not None:
+            count = len(batch.network)
+            place = torch.arange(count, device=batch.network.device)
+            return cls(batch.network, place, 1, count, slice(*run), in_order=True)
+        is_output = torch.zeros_like(batch.network, dtype=torch.bool)
+        is_output[batch.outputs[batch.outputs >= 0]] = True
+        order = (2 * batch.network + ~is_output).argsort(stable=True)
+        first = batch.sizes.cumsum(0) - batch.sizes
+        place = torch.empty_like(batch.network)
+        place[order] = torch.arange(len(order), device=order.device) - first[batch.network]
+        size = int(batch.sizes.max())
+        present = (torch.arange(size, device=place.device) < batch.sizes.unsqueeze(1)).repeat(batch.copies, 1)
+        return cls(batch.network, place, len(batch.sizes), size, slice(batch.outputs.shape[1]), present)
+
+    def spread(self, nodes: Float[Tensor, "copies nodes width"]) -> Float[Tensor, "networks size width"]:
+        """States of nodes at their places, zeros where there is none."""
+        if self.in_order:
+            return nodes
+        copies, _, width = nodes.shape
+        states = nodes.new_zeros(copies, self.networks * self.size, width)
+        return states.index_copy(1, self.network * self.size + self.place, nodes).view(-1, self.size, width)
+
+    def collect(self, states: Float[Tensor, "networks size width"], copies: int) -> Float[Tensor, "copies nodes width"]:
+        """The inverse of `spread`."""
+        if self.in_order:
+            return states
+        return states.reshape(copies, -1, states.shape[-1])[:, self.network * self.size + self.place]
 
 
-class NGTStack(nn.Module):
-    """Encoder and layers of NG-T: node width 64, edge width 32, 4 heads over an attention width of 128, 4 layers.
+def _run_of(places: Sequence[int]) -> tuple[int, int] | None:
+    """First and last + 1 of consecutive places, None for others."""
+    first, count = places[0], len(places)
+    return (first, first + count) if list(places) == list(range(first, first + count)) else None
+
+
+def pairs_of(batch: GraphBatch) -> tuple[Pairs, ...] | None:
+    """The pairs that every block of a wiring connects, as slices; None where blocks are not of whole layers, or two of
+    them have pairs in common."""
+    stacks = batch.stacks
+    if not batch.is_static or any(end.nodes is not None for stack in stacks for end in (stack.targets, stack.sources)):
+        return None
+    ends = [(stack.targets.tensor, stack.sources.tensor) for stack in stacks]
+    if len(set(ends)) < len(ends):
+        return None
+    nodes = [slice(end - size, end) for end, size in zip(accumulate(batch.tensors), batch.tensors, strict=True)]
+    return tuple((nodes[target], nodes[source]) for target, source in ends)
+
+
+def pair_states(
+    batch: GraphBatch,
+    places: Places,
+    pairs: tuple[Pairs, ...] | None,
+    common: Float[Tensor, " edge"],
+    own: Sequence[Float[Tensor, "blocks t s edge"]],
+) -> Float[Tensor, "networks size size edge"]:
+    """States of all pairs (target, source): `common`, and where there are edges their own added to it."""
+    states = common.expand(batch.num_networks, places.size, places.size, len(common))
+    if pairs is not None:
+        states = states.clone()
+        for (rows, columns), values in zip(pairs, own, strict=True):
+            states[:, rows, columns] += values
+        return states
+    values = torch.cat([x.reshape(batch.copies, -1, len(common)) for x in own], dim=1)
+    return states.index_put(pair_index(batch, places), values, accumulate=True)
+
+
+def pair_index(batch: GraphBatch, places: Places) -> tuple[Int[Tensor, "copies edges"], ...]:
+    """Network, target and source of every edge, stack after stack, in a tensor (networks, size, size)."""
+    first = [0, *accumulate(batch.tensors)]
+    ends: list[tuple[Tensor, Tensor]] = []
+    for stack in batch.stacks:
+        rows, columns = (
+            torch.arange(first[end.tensor], first[end.tensor + 1], device=places.place.device).unsqueeze(0)
+            if end.nodes is None
+            else first[end.tensor] + end.nodes
+            for end in (stack.targets, stack.sources)
+        )
+        ends.append(torch.broadcast_tensors(rows.unsqueeze(2), columns.unsqueeze(1)))
+    rows, columns = (torch.cat([x.flatten() for x in some]) for some in zip(*ends, strict=True))
+    of_copy = len(batch.sizes) * torch.arange(batch.copies, device=rows.device).unsqueeze(1)
+    network = places.network[rows] + of_copy
+    return network, places.place[rows].expand_as(network), places.place[columns].expand_as(network)
+
+
+def transform(
+    layers: Sequence[NGTLayer],
+    batch: GraphBatch,
+    nodes: Float[Tensor, "copies nodes node"],
+    common: Float[Tensor, " edge"],
+    own: Sequence[Float[Tensor, "blocks targets sources edge"]],
+    read: slice | None = None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """All layers, on first states of nodes and of pairs: `common`, and where there are edges their own added to it.
+
+    Args:
+        read: the places of the nodes that are read after the last layer; None for everything.
+
+    Returns:
+        Last states of the nodes that are read, (networks, rows, node), and no edges; or of all nodes, (copies, nodes,
+        node), and of the edges of every stack, (blocks, targets, sources, edge).
+    """
+    places, pairs = Places.of(batch), pairs_of(batch)
+    nodes = places.spread(nodes)
+    rows = [EVERY] * (len(layers) - 1) + [EVERY if read is None else read]
+    updated: list[tuple[Pairs, ...]] = [((row, EVERY),) for row in rows[1:]]
+    updated.append((pairs or ((EVERY, EVERY),)) if read is None else ())
+    edges = (pair_states(batch, places, pairs, common, own),)
+    for k, layer in enumerate(layers):
+        if k == 0 and pairs is not None and rows[0] == EVERY:
+            gathered = layer.attention.of_blocks(nodes, common, list(zip(pairs, own, strict=True)))
+        else:
+            gathered = layer.gather(nodes, *edges, rows[k], places.present)
+        nodes, edges = layer(nodes, gathered, *edges, rows[k], updated[k])
+    if read is not None:
+        return nodes, ()
+    return places.collect(nodes, batch.copies), edges if pairs else of_stacks(edges[0], batch, places)
+
+
+def of_stacks(
+    states: Float[Tensor, "networks size size edge"], batch: GraphBatch, places: Places
+) -> tuple[Float[Tensor, "blocks targets sources edge"], ...]:
+    """The states of edges among those of all pairs, stack by stack."""
+    shapes = [stack.weights.shape[1:4] for stack in batch.stacks]
+    found = states[pair_index(batch, places)].split([math.prod(shape) for shape in shapes], dim=1)
+    return tuple(x.reshape(-1, *shape[1:], x.shape[-1]) for x, shape in zip(found, shapes, strict=True))
+
+
+class NGT(nn.Module):
+    """NG-T: a transformer over all pairs of a network's neurons, of which the connected ones have the weights' states.
 
     Norms follow the residual sums. Pairs that are no edge of the network have a state of their own: a weight of 0 is
     another one, where weights have Fourier features. (By a Linear, a weight that is its layer's mean enters like none.)
+    With class scores for 10 classes and a 2-32-32-1 network it has 376,586 parameters (the paper states 378,090).
 
     Args:
-        read: rows (nodes) whose states are read after the last layer.
-        read_edges: sets of pairs whose states are read after it.
+        networks: what it reads: a wiring, the frame of several, or a collection of networks.
+        head: what is asked for: `Scores(classes)`, or `PerParameter(numbers)`.
+        widths: of states and attention, `INR_WIDTHS` or `CNN_WIDTHS` in the paper.
+        layers: of the transformer.
+        probes: number of probe points (paper, section 2.4), 0 for none; `probing`: "learned", "random" or "grid".
+        positions: give nodes their positional embeddings (section 2.4).
+        activations: give nodes the embedding of their activation; None: where the networks have several.
+        sigma: standard deviation of the Fourier frequencies of weights and biases; None for Linears of the numbers.
+        normalization: "layer": parameters are standardized per layer once `fit_normalization` is given; or "none".
         dropout: of what attention gathers, of feed-forwards and of edge updates.
-        encoding: options of `Encoder`.
     """
 
     def __init__(
         self,
-        wiring: Wiring,
-        read: slice,
-        read_edges: tuple[Pairs, ...],
+        networks: Wiring | Frame | Collection,
+        head: Head,
         *,
-        dropout: float,
-        **encoding: Any,
+        widths: Widths = INR_WIDTHS,
+        layers: int = 4,
+        probes: int = 0,
+        probing: Probing = "learned",
+        positions: bool = True,
+        activations: bool | None = None,
+        sigma: float | None = 1.0,
+        normalization: Normalization = "layer",
+        dropout: float = 0.2,
     ) -> None:
         super().__init__()
-        self.wiring = wiring
-        self.widths = WIDTHS
-        self.encoder = Encoder(wiring, self.widths.node, self.widths.edge, edge_features=1, **encoding)
-        rows = [EVERY] * (LAYERS - 1) + [read]
-        updated = [*(((row, EVERY),) for row in rows[1:]), read_edges]
-        self.layers = nn.ModuleList(NGTLayer(rows[k], updated[k], dropout) for k in range(LAYERS))
+        self.frame, self.widths = frame_of(networks), widths
+        self.wiring = networks if isinstance(networks, Wiring) else None
+        self.encoder = Encoder(
+            self.frame,
+            widths.node,
+            widths.edge,
+            edge_copies=1,
+            sigma=sigma,
+            probes=probes,
+            probing=probing,
+            positions=positions,
+            activations=activations,
+            normalization=normalization,
+        )
+        self.per_parameter = isinstance(head, PerParameter)
+        self.layers = nn.ModuleList(
+            NGTLayer(self.per_parameter or k < layers - 1, dropout, widths) for k in range(layers)
+        )
+        if self.per_parameter:
+            self.head: ScoresHead | PerParameterHead = PerParameterHead(self.frame, head, widths.node, widths.edge)
+        else:
+            self.head = ScoresHead(self.frame.outputs, head, (widths.node, 2 * widths.node))
+        self.register_load_state_dict_pre_hook(_load_old)
 
-    def fit_normalization(self, graph: NeuralGraph) -> None:
-        """Take the training set's statistics, by which every input is standardized."""
-        self.encoder.standardize.fit(graph)
+    def fit_normalization(self, networks: Networks, rows: Int[Tensor, " networks"] | None = None) -> None:
+        """Take a training set's statistics, by which every input is standardized: the networks `rows`, or all.
+
+        Raises:
+            ValueError: a parameter is NaN or infinite.
+        """
+        self.encoder.standardize.fit(networks, rows)
 
     def compile_parts(self) -> None:
-        """Compile the parts that a training step spends its time in."""
+        """Compile the parts that a training step spends its time in: for networks of one wiring, whose shapes stay."""
         for layer in self.layers:
             layer.compile(**COMPILATION)
         for layer in self.layers[1:]:  # the first one's, over small blocks, runs as it is
             layer.attention.compile(**COMPILATION)
 
-    def first_edges(self, standardized: NeuralGraph) -> tuple[Float[Tensor, " edge"], list[tuple[Pairs, Tensor]]]:
-        """First state of all pairs that no weight joins, and by how much those of the blocks differ from it: where the
-        wiring has no edge the Fourier features are masked out."""
-        weight, common = self.encoder.edge_affine()
-        frequencies = self.encoder.edge_frequencies
-        features = [
-            fourier_features(values, None if frequencies is None else frequencies[0]) for values in standardized.edges
-        ]
-        return common, list(zip(block_pairs(self.wiring), [F.linear(x, weight) for x in features], strict=True))
+    def forward(self, graph: NeuralGraph | GraphBatch) -> Answer:
+        """Scores (networks, count); or graphs of the same wirings, with `count` numbers for each on nodes and edges."""
+        batch = prepared(self, graph)
+        common, own = self._first_edges(batch)
+        read = None if self.per_parameter else Places.of(batch).outputs
+        nodes, edges = transform(self.layers, batch, self.encoder.nodes(batch), common, own, read)
+        if self.per_parameter:
+            return self.head(batch, self.head.node(nodes), tuple(map(self.head.edge, edges)))
+        return self.head(self._of_outputs(batch, nodes).flatten(1))
 
-    def states(self, graph: NeuralGraph) -> tuple[Float[Tensor, "batch rows node"], tuple[Tensor, ...]]:
-        """Last states of the nodes and of the sets of pairs that are read."""
-        standardized = self.encoder.standardize(graph)
-        nodes = self.encoder.nodes(graph, standardized)
-        common, blocks = self.first_edges(standardized)
-        first, *layers = self.layers
-        gathered = first.attention.of_blocks(nodes, common, blocks)
-        nodes, edges = first(nodes, gathered, laid_out(common, blocks, self.wiring.num_nodes))
-        for layer in layers:
-            nodes, edges = layer(nodes, layer.gather(nodes, *edges), *edges)
-        return nodes, edges
+    def _of_outputs(
+        self, batch: GraphBatch, nodes: Float[Tensor, "networks rows node"]
+    ) -> Float[Tensor, "networks outputs node"]:
+        """States of output neurons, which are the first rows; zeros for those that a network lacks."""
+        if nodes.shape[1] < self.frame.outputs:
+            nodes = F.pad(nodes, (0, 0, 0, self.frame.outputs - nodes.shape[1]))
+        present = (batch.outputs >= 0).repeat(batch.copies, 1).unsqueeze(2)
+        return torch.where(present, nodes, 0)
 
+    def _first_edges(self, batch: GraphBatch) -> tuple[Float[Tensor, " edge"], list[Float[Tensor, "blocks t s edge"]]]:
+        """First state of all pairs that no weight joins, and by how much those of the blocks differ from it.
 
-def laid_out(common: Tensor, blocks: Sequence[tuple[Pairs, Tensor]], size: int) -> Float[Tensor, "batch n n edge"]:
-    """States of all pairs: `common`, and in the blocks their own added to it."""
-    states = common.expand(len(blocks[0][1]), size, size, len(common)).clone()
-    for (rows, columns), own in blocks:
-        states[:, rows, columns] += own
-    return states
-
-
-class NGT(NGTStack):
-    """NG-T for a property of the whole input network: class scores of an INR's image.
-
-    For 10 classes and a 2-32-32-1 network it has 376,586 parameters (the paper states 378,090).
-
-    Args: as of `NGTStack`; the head reads one row per output neuron.
-
-    Raises:
-        ValueError: the network has several layers of outputs.
-    """
-
-    def __init__(
-        self,
-        wiring: Wiring,
-        num_classes: int,
-        *,
-        dropout: float = 0.2,
-        sigma: float | None = 1.0,
-        **encoding: Any,
-    ) -> None:
-        output, *others = wiring.with_role("output")
-        if others:
-            raise ValueError(f"the head reads one layer of outputs, and this network has {1 + len(others)}: use NGGNN")
-        read = slice(wiring.offsets[output], wiring.offsets[output + 1])
-        super().__init__(wiring, read, (), dropout=dropout, sigma=sigma, **encoding)
-        self.head = nn.Sequential(
-            nn.Linear(wiring.groups[output].size * self.widths.node, 2 * self.widths.node),
-            nn.ReLU(),
-            nn.Linear(2 * self.widths.node, num_classes),
-        )
-
-    def forward(self, graph: NeuralGraph) -> Float[Tensor, "batch classes"]:
-        nodes, _ = self.states(graph)
-        return self.head(nodes.flatten(1))
+        Where there is no edge the Fourier features are masked out."""
+        affine = self.encoder.edge_affine()
+        without_bias = affine._replace(bias=torch.zeros_like(affine.bias))
+        own = []
+        for stack in batch.stacks:
+            numbers, pending = self.encoder.edges(self.encoder.standardize.edges(stack), (0,), without_bias)
+            own.append(numbers if pending is None else pending(numbers))
+        return affine.bias, own
 
 
-class EquivariantNGT(NGTStack):
-    """NG-T with numbers for every parameter: the stack without its aggregation over nodes (paper, appendix D.1).
-
-    The last layer updates the pairs that are edges of the network. A Linear of the states, of both kinds, is the head.
-
-    Args:
-        outputs: numbers per parameter.
-        others: as of `NGTStack`.
-    """
-
-    def __init__(
-        self,
-        wiring: Wiring,
-        outputs: int = 1,
-        *,
-        dropout: float = 0.3,
-        sigma: float | None = 3.0,
-        **encoding: Any,
-    ) -> None:
-        pairs = block_pairs(wiring)
-        super().__init__(wiring, EVERY, pairs, dropout=dropout, sigma=sigma, **encoding)
-        self.node_head = nn.Linear(self.widths.node, outputs)
-        self.edge_head = nn.Linear(self.widths.edge, outputs)
-
-    def forward(self, graph: NeuralGraph) -> NeuralGraph:
-        """The same wiring with `outputs` features on nodes and edges."""
-        nodes, edges = self.states(graph)
-        sizes = [group.size for group in self.wiring.groups]
-        return NeuralGraph(self.wiring, self.node_head(nodes).split(sizes, dim=1), tuple(map(self.edge_head, edges)))
+def _load_old(module: NGT, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    rename_old(state_dict, prefix, module.frame)

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ngcore.graph import NeuralGraph
-from ngcore.graph.batch import Frame
+from ngcore.graph.frame import Frame
 from ngcore.models.encoder import spread
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -13,15 +13,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def messages(scale: Tensor, shift: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """FiLM of the pair's linear part by its edge (paper, equation 4), (batch, rows, columns, width)."""
-    return scale * (rows.unsqueeze(2) + columns.unsqueeze(1)) + shift
+def messages(scale: Tensor, shift: Tensor, targets: Tensor, sources: Tensor) -> Tensor:
+    """FiLM of the pair's linear part by its edge (paper, equation 4), (batch, targets, sources, width)."""
+    return scale * (targets.unsqueeze(2) + sources.unsqueeze(1)) + shift
 
 
 class Moments(torch.autograd.Function):
     """Sum, sum of squares, minimum and maximum of a block's messages over the sources of every target.
-
-    Sources are the columns (axis 2), or the rows (axis 1).
 
     Ties share the gradient of a minimum or maximum in equal parts, so that it does not depend on the neurons' order.
     """
@@ -29,30 +27,27 @@ class Moments(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        scale: Float[Tensor, "batch rows columns width"],
-        shift: Float[Tensor, "batch rows columns width"],
-        rows: Float[Tensor, "batch rows width"],
-        columns: Float[Tensor, "batch columns width"],
-        axis: int = 2,
+        scale: Float[Tensor, "batch targets sources width"],
+        shift: Float[Tensor, "batch targets sources width"],
+        targets: Float[Tensor, "batch targets width"],
+        sources: Float[Tensor, "batch sources width"],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        message = messages(scale, shift, rows, columns)
-        low, high = message.amin(axis), message.amax(axis)
-        ctx.save_for_backward(scale, shift, rows, columns, low, high)
-        ctx.axis = axis
-        return message.sum(axis), message.square().sum(axis), low, high
+        message = messages(scale, shift, targets, sources)
+        low, high = message.amin(2), message.amax(2)
+        ctx.save_for_backward(scale, shift, targets, sources, low, high)
+        return message.sum(2), message.square().sum(2), low, high
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
-        scale, shift, rows, columns, low, high = ctx.saved_tensors
-        axis = ctx.axis
-        message = messages(scale, shift, rows, columns)
-        lowest = (message == low.unsqueeze(axis)).to(message.dtype)
-        highest = (message == high.unsqueeze(axis)).to(message.dtype)
-        factors = message_factors(*gradients, lowest.sum(axis), highest.sum(axis)).unsqueeze(axis + 1)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        scale, shift, targets, sources, low, high = ctx.saved_tensors
+        message = messages(scale, shift, targets, sources)
+        lowest = (message == low.unsqueeze(2)).to(message.dtype)
+        highest = (message == high.unsqueeze(2)).to(message.dtype)
+        factors = message_factors(*gradients, lowest.sum(2), highest.sum(2)).unsqueeze(3)
         d_message = factors[0] + factors[1] * message + factors[2] * lowest + factors[3] * highest
         d_pair = d_message * scale
-        d_scale = d_message * (rows.unsqueeze(2) + columns.unsqueeze(1))
-        return d_scale, d_message, d_pair.sum(2), d_pair.sum(1), None
+        d_scale = d_message * (targets.unsqueeze(2) + sources.unsqueeze(1))
+        return d_scale, d_message, d_pair.sum(2), d_pair.sum(1)
 
 
 # An operator of our own, so that a compiler can't fuse it into what runs for every message.

@@ -17,10 +17,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ngcore.graph.architectures import cnn
+from ngcore.graph.batch import GraphBatch, batch_of
 from ngcore.graph.pyg import ROLES
 from ngcore.models.baselines.weight_space import EquivariantLayer, WeightSpace
-from ngcore.models.heterogeneous import Messages, StackedLayer, Way
-from ngcore.models.ng_t import EVERY, NGTLayer, Widths
+from ngcore.models.ng_gnn import Neighbours, PNALayer, degrees, directions_of, propagate
+from ngcore.models.ng_t import NGTLayer, Widths, transform
 from ngcore.models.optimizers.layout import POSITIONS, Layout
 
 FEATURES = 14  # of a scalar: weight, gradient and five momenta, a logarithm and a sign each
@@ -83,22 +84,18 @@ class NFNContext(nn.Module):
                 f"this NFN was built for convolutions with kernels of sizes {list(self.kernel_size)} and a linear "
                 "layer, all with biases: its coefficients belong to them, and the network has other layers"
             )
-        padded = torch.cat([features, features.new_zeros(len(features), 1, FEATURES)], dim=1)
-        graph = layout.ids.map(lambda ids: padded[:, ids].flatten(-2))
-        states = space.features(graph)
+        states = space.features(layout.graph(features))
         for layer in self.layers:
             states = [torch.relu(x) for x in layer(states)]
-        graph = space.graph(states, self.width)
-        row = [values.reshape(len(features), -1, self.width) for values in (*graph.nodes, *graph.edges)]
-        return torch.cat(row, dim=1)[:, layout.order]
+        return layout.row(space.graph(states, self.width), self.width)
 
 
 class GraphContext(nn.Module):
     """First states of nodes and edges, and the states of scalars, which NG-GNN and NG-T have in common.
 
     The graph has the features of all scalars: of biases on nodes, of kernels on edges, 14 for each of the 9 positions
-    (paper, section 4.3). Nodes are told apart by their role alone, not one by one: how a class or a colour is numbered
-    says nothing about how to optimize, and the model fits networks with other numbers of them.
+    (paper, section 4.3). Nodes are distinguished by their role alone, not one by one: how a class or a colour is
+    numbered says nothing about how to optimize, and the model fits networks with other numbers of them.
     """
 
     reads_graph = True
@@ -111,60 +108,48 @@ class GraphContext(nn.Module):
         self.node_head = nn.Linear(node_width, width)
         self.edge_head = nn.Linear(edge_width, POSITIONS * width)
 
-    def first_nodes(self, features: Float[Tensor, "batch nodes 14"], layout: Layout) -> Tensor:
-        return self.node_encoder(features) + self.roles[layout.roles]
+    def first_nodes(self, batch: GraphBatch, layout: Layout) -> Float[Tensor, "batch nodes w"]:
+        return self.node_encoder(batch.biases) + self.roles[layout.roles]
 
-    def scalars(self, nodes: Tensor, edges: Tensor, layout: Layout) -> Float[Tensor, "batch scalars w"]:
-        return layout.row(self.node_head(nodes), self.edge_head(edges))
+    def scalars(
+        self, batch: GraphBatch, nodes: Tensor, edges: Sequence[Tensor], layout: Layout
+    ) -> Float[Tensor, "batch scalars w"]:
+        """From the last states of nodes and edges."""
+        (graph,) = batch.on_graphs(self.node_head(nodes), tuple(map(self.edge_head, edges)))
+        return layout.row(graph, self.width)
 
 
 class NGGNNContext(GraphContext):
-    """NG-GNN: the layers of `ngcore.models.ng_gnn`, with edges in both directions."""
+    """NG-GNN: the layers of `ngcore.models.ng_gnn`, with messages in both directions."""
 
     def __init__(self, width: int = 16, hidden: int = 32, layers: int = 3) -> None:
         super().__init__(width, hidden, hidden)
         self.forward_encoder = nn.Linear(POSITIONS * FEATURES, hidden)
         self.reverse_encoder = nn.Linear(POSITIONS * FEATURES, hidden)
-        self.layers = nn.ModuleList(StackedLayer(True, 0.0, hidden) for _ in range(layers))
+        self.layers = nn.ModuleList(PNALayer(True, 0.0, hidden) for _ in range(layers))
         self.register_buffer("mean_log_degree", torch.ones(()))
 
     def fit_normalization(self, layout: Layout) -> None:
         """Take PNA's δ, the mean of log(degree + 1) over nodes, from the network that is trained on."""
-        self.mean_log_degree.copy_(torch.log(layout.degrees + 1).mean())
+        features = torch.zeros(1, layout.count, FEATURES, device=layout.device)
+        count = degrees(batch_of(layout.graph(features), layout.frame), "both")
+        self.mean_log_degree.copy_(torch.log(count + 1).mean())
 
     def forward(self, features: Float[Tensor, "batch scalars 14"], layout: Layout) -> Float[Tensor, "batch scalars w"]:
-        batch = len(features)
-        node_features, edge_features = layout.nodes_and_edges(features)
-        nodes = self.first_nodes(node_features, layout).flatten(0, 1)
-        degree = layout.degrees.to(nodes.dtype)
-        scaler = (torch.log(degree + 1) / self.mean_log_degree).repeat(batch)
-        degree = degree.clamp(min=1).repeat(batch)  # to divide by
-        messages: Messages = []
-        for reverse, encoder in ((False, self.forward_encoder), (True, self.reverse_encoder)):
-            messages += batched(layout, encoder(edge_features), reverse)
-        before = None
-        for layer in self.layers:
-            weight, bias = layer.edge_affine(before)
-            film = dict.fromkeys((False, True), (weight[: 2 * layer.width], bias[: 2 * layer.width]))
-            state = dict.fromkeys((False, True), (weight[2 * layer.width :], bias[2 * layer.width :]))
-            nodes = layer(nodes, messages, film, degree, scaler)
-            if layer is self.layers[-1]:  # of whose edges only those of the network are read
-                messages = [(way, edges) for way, edges in messages if not way.reverse]
-            messages = layer.new_edges(nodes, messages, state)
-            before = layer.edge_output
-        edges = before(torch.cat([edges.unflatten(0, (batch, -1)) for _, edges in messages], dim=1))
-        return self.scalars(nodes.unflatten(0, (batch, -1)), edges, layout)
-
-
-def batched(layout: Layout, edges: Float[Tensor, "batch edges f"], reverse: bool) -> Messages:
-    """The messages of a batch of networks of one layout, whose nodes stand one network after the other."""
-    first = layout.wiring.num_nodes * torch.arange(len(edges), device=edges.device)
-    messages = []
-    for stack in layout.stacks:
-        rows, columns = ((first[:, None, None] + nodes).flatten(0, 1) for nodes in (stack.targets, stack.sources))
-        way = Way(rows, columns, stack.target_hops.repeat(len(edges)), reverse)
-        messages.append((way, edges[:, stack.edges].flatten(0, 1)))
-    return messages
+        batch = batch_of(layout.graph(features), layout.frame)
+        directions = directions_of(batch)
+        weights = [stack.weights.flatten(0, 1) for stack in batch.stacks]
+        ahead, back = map(self.forward_encoder, weights), (self.reverse_encoder(x).transpose(1, 2) for x in weights)
+        nodes, edges, after = propagate(
+            self.layers,
+            batch.split(self.first_nodes(batch, layout)),
+            (*ahead, *back),
+            (None, None),
+            directions,
+            Neighbours.of(batch, "both", self.mean_log_degree),
+            everything=True,
+        )
+        return self.scalars(batch, torch.cat(nodes, dim=1), tuple(map(after, edges)), layout)
 
 
 class NGTContext(GraphContext):
@@ -174,18 +159,10 @@ class NGTContext(GraphContext):
         widths = Widths(node=hidden, edge=hidden // 2, attention=2 * hidden, heads=4)
         super().__init__(width, widths.node, widths.edge)
         self.edge_encoder = nn.Linear(POSITIONS * FEATURES, widths.edge)
-        every = ((EVERY, EVERY),)
-        self.layers = nn.ModuleList(NGTLayer(EVERY, every, 0.0, widths) for _ in range(layers))
+        self.layers = nn.ModuleList(NGTLayer(True, 0.0, widths) for _ in range(layers))
 
     def forward(self, features: Float[Tensor, "batch scalars 14"], layout: Layout) -> Float[Tensor, "batch scalars w"]:
-        node_features, edge_features = layout.nodes_and_edges(features)
-        nodes = self.first_nodes(node_features, layout)
-        targets, sources = layout.pairs
-        own = F.linear(edge_features, self.edge_encoder.weight)
-        size = nodes.shape[1]
-        pairs = self.edge_encoder.bias.expand(len(nodes), size, size, own.shape[-1])
-        index = torch.arange(len(nodes), device=nodes.device).unsqueeze(1), targets, sources
-        edges = (pairs.index_put(index, own, accumulate=True),)
-        for layer in self.layers:
-            nodes, edges = layer(nodes, layer.gather(nodes, *edges), *edges)
-        return self.scalars(nodes, edges[0][:, targets, sources], layout)
+        batch = batch_of(layout.graph(features), layout.frame)
+        own = [F.linear(stack.weights.flatten(0, 1), self.edge_encoder.weight) for stack in batch.stacks]
+        nodes, edges = transform(self.layers, batch, self.first_nodes(batch, layout), self.edge_encoder.bias, own)
+        return self.scalars(batch, nodes, edges, layout)

@@ -1,0 +1,85 @@
+"""What a metanetwork is asked for: scores or numbers for a whole network, or numbers for every parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ngcore.graph import NeuralGraph
+from ngcore.graph.batch import GraphBatch
+from ngcore.graph.frame import Frame
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Numbers for a whole network, such as class scores or a predicted accuracy, from the states of its output neurons.
+
+    Output neurons that a network lacks, beside others of a collection, have zeros for a state.
+    """
+
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class PerParameter:
+    """Numbers for every parameter, which permute with the network's neurons: a graph of the same wiring."""
+
+    count: int = 1
+
+
+Head = Scores | PerParameter
+Answer = Float[Tensor, "networks count"] | NeuralGraph | tuple[NeuralGraph, ...]
+
+
+class ScoresHead(nn.Sequential):
+    """An MLP with ReLU on the states of some neurons side by side, (networks, neurons * width).
+
+    Args:
+        widths: of the states and the hidden layers.
+    """
+
+    def __init__(self, neurons: int, head: Scores, widths: Sequence[int]) -> None:
+        sizes = [neurons * widths[0], *widths[1:], head.count]
+        layers: list[nn.Module] = []
+        for i in range(len(sizes) - 1):
+            layers += [nn.ReLU()] * (i > 0) + [nn.Linear(sizes[i], sizes[i + 1])]
+        super().__init__(*layers)
+
+
+class PerParameterHead(nn.Module):
+    """A Linear of the last states of nodes, and one of those of edges with numbers for every place of the window."""
+
+    def __init__(self, frame: Frame, head: PerParameter, node_width: int, edge_width: int) -> None:
+        super().__init__()
+        self.node = nn.Linear(node_width, head.count)
+        self.edge = nn.Linear(edge_width, frame.features * head.count)
+
+    def forward(
+        self,
+        batch: GraphBatch,
+        nodes: Float[Tensor, "copies nodes node_numbers"],
+        edges: Sequence[Float[Tensor, "blocks targets sources edge_numbers"]],
+    ) -> NeuralGraph | tuple[NeuralGraph, ...]:
+        """From what `node` and `edge` give: one graph where all networks share a wiring, else one for each of
+        `batch.graphs`."""
+        found = batch.on_graphs(nodes, edges)
+        return found[0] if batch.is_static else found
+
+
+def rename_old(state_dict: dict[str, Tensor], prefix: str, frame: Frame) -> None:
+    """Give weights that were stored under earlier names their present ones, in place.
+
+    Heads per parameter were `node_head` and `edge_head`, and statistics of a single wiring's weights had no row for its
+    inputs.
+    """
+    for old, new in (("node_head.", "head.node."), ("edge_head.", "head.edge.")):
+        for name in [name for name in state_dict if name.startswith(prefix + old)]:
+            state_dict[prefix + new + name.removeprefix(prefix + old)] = state_dict.pop(name)
+    for statistic, fill in (("edge_mean", 0.0), ("edge_std", 1.0)):
+        name = f"{prefix}encoder.standardize.{statistic}"
+        if name in state_dict and len(state_dict[name]) == frame.slots - 1:
+            known = state_dict[name]
+            state_dict[name] = nn.functional.pad(known, (1, 0), value=fill)
