@@ -32,7 +32,7 @@ ALLOWED = {
 
 # The floors of `graph`, from the ground up: a module imports from its own floor and those below.
 FLOORS = (
-    {"structure"},
+    {"structure", "states"},
     {"pyg", "symmetry"},
     {"wiring"},
     {"architectures", "dialects", "frame", "batch", "collection", "tracing", "parameter_graph"},

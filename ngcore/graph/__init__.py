@@ -1,5 +1,6 @@
 """Neural graphs: the wiring of a network, weights bound to it, and the symmetries of both."""
 
+from ngcore.graph import draw  # noqa: F401  # shows small graphs as pictures in notebooks
 from ngcore.graph.architectures import cnn, mlp
 from ngcore.graph.parameter_graph import to_parameter_graph
 from ngcore.graph.structure import Block, Group

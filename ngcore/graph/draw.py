@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import html
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -30,10 +33,12 @@ WEIGHTLESS = {
     "flatten": ("0.55", "solid", 0.9, "flattening (1)"),
     "product": ("0.35", (0, (1, 1.4)), 1.2, "product of neurons"),
 }
+ZERO = 1e-12  # the largest colour of a graph whose parameters are all zero: it is drawn without colours
 BOW = 1.1  # rows; the middle of a curve is half as far away from its chord: between two rows of neurons
 SMALLEST_KERNEL, LARGEST_KERNEL = 6.0, 30.0  # points; smaller pictures show nothing
 LARGEST_NEURON = 20.0  # points
 MOST_KERNELS = 400  # of a block that are shown as pictures
+MOST_NEURONS, MOST_EDGES = 200, 3000  # of a graph that notebooks show as a picture
 
 
 def draw(graph: NeuralGraph, ax: Axes) -> ScalarMappable:
@@ -93,8 +98,9 @@ def draw_graph(graph: NeuralGraph, title: str = "") -> Figure:
     scale = draw(graph, ax)
     for layer, label in labels.items():
         ax.text(layer, places[:, 1].min() - 0.75, label, ha="center", va="top", fontsize=8, linespacing=1.25)
-    bar = figure.add_axes(((width + 0.1) / w, below / h, 0.15 / w, height / h))
-    figure.colorbar(scale, cax=bar, label="weight (edges), bias (nodes)")
+    if scale.norm.vmax > ZERO:
+        bar = figure.add_axes(((width + 0.1) / w, below / h, 0.15 / w, height / h))
+        figure.colorbar(scale, cax=bar, label="weight (edges), bias (nodes)")
     top = {"loc": "upper center", "bbox_to_anchor": (0.5 * width / w, (below + height + 0.42) / h), "frameon": False}
     if handles := _legend(wiring):
         figure.legend(handles=handles, ncols=len(handles), fontsize=8, **top)
@@ -102,10 +108,41 @@ def draw_graph(graph: NeuralGraph, title: str = "") -> Figure:
     return figure
 
 
+def _graph_html(graph: NeuralGraph) -> str | None:
+    """What notebooks show of one small network, a picture above its text; None, for the text alone, of others."""
+    if graph.edges[0].dim() != 3 or not _is_small(graph.wiring):
+        return None
+    return _picture_html(draw_graph(graph), repr(graph))
+
+
+def _wiring_html(wiring: Wiring) -> str | None:
+    """As `_graph_html`, without colours."""
+    if not _is_small(wiring):
+        return None
+    graph = wiring.graph({name: torch.zeros(shape) for name, shape in wiring.shapes.items()})
+    return _picture_html(draw_graph(graph), repr(wiring))
+
+
+NeuralGraph._repr_html_ = _graph_html  # here, since graphs know nothing of pictures
+Wiring._repr_html_ = _wiring_html
+
+
+def _is_small(wiring: Wiring) -> bool:
+    return wiring.num_nodes <= MOST_NEURONS and wiring.num_edges <= MOST_EDGES
+
+
+def _picture_html(figure: Figure, text: str) -> str:
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    plt.close(figure)  # else a notebook shows it once more
+    picture = base64.b64encode(content.getvalue()).decode()
+    return f'<img src="data:image/png;base64,{picture}" alt="picture of the graph"><pre>{html.escape(text)}</pre>'
+
+
 def _scale(graph: NeuralGraph) -> ScalarMappable:
     """Colours for all parameters; edges without one do not count."""
     shown = [edges for block, edges in zip(graph.wiring.blocks, graph.edges, strict=True) if block.weight is not None]
-    limit = max(max(values.detach().abs().max().item() for values in (*shown, *graph.nodes)), 1e-12)
+    limit = max(max(values.detach().abs().max().item() for values in (*shown, *graph.nodes)), ZERO)
     return ScalarMappable(TwoSlopeNorm(0.0, -limit, limit), plt.get_cmap(COLOURS))
 
 
@@ -164,6 +201,9 @@ def _draw_block(
     if block.weight is None:
         colour, style, width, _ = WEIGHTLESS.get(block.kind, WEIGHTLESS["product"])
         ax.add_collection(LineCollection(lines, colors=colour, linestyles=style, linewidths=width, zorder=1))
+        return
+    if scale.norm.vmax == ZERO:
+        ax.add_collection(LineCollection(lines, colors="0.6", linewidths=0.8, zorder=2))
         return
     if values.shape[1] > 1:
         centres = _kernel_centres(lines)

@@ -6,16 +6,21 @@ A wiring is read once per architecture; `Wiring.graph` then binds any number of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import get_args
 
 from torch import Tensor
 from torch_geometric.data import Data
 
 from ngcore.graph.pyg import Direction, Flatten, Linear, to_data
+from ngcore.graph.states import Entries, NetworkState
 from ngcore.graph.structure import Block, Group, Role, Step, View, edge_index, offsets
 from ngcore.graph.symmetry.group import Symmetry
+
+MOST_SIZES = 12  # of one role's groups that a representation lists
 
 
 @dataclass(frozen=True)
@@ -56,38 +61,24 @@ class Wiring:
         """Indices of the groups that have one of these roles."""
         return tuple(i for i, group in enumerate(self.groups) if group.role in roles)
 
-    def graph(self, state_dict: Mapping[str, Tensor]) -> NeuralGraph:
-        """Lay weights into the wiring, as views (paper, equation 1).
+    def graph(self, state_dict: NetworkState | Sequence[NetworkState]) -> NeuralGraph:
+        """Bind weights to the wiring, as views (paper, equation 1); a list of networks is copied into one stack.
+
+        Names may have the prefixes of DataParallel and torch.compile, which a warning names and the graph leaves out.
 
         Shapes:
-            state_dict: every parameter with its own shape, or all of them behind the same batch axes.
+            state_dict: every parameter with its own shape, or all of them behind the same batch axes; or a list of
+                such, which get a first axis.
 
         Raises:
-            ValueError: names the parameter that is missing, unknown, or of another shape.
+            ValueError: names the parameter that is missing, unknown, of another shape or of integers, the two names
+                of one parameter that have different values, or the network of a list that differs from the first.
         """
-        batch = self._batch_axes(state_dict)
-        first = next(iter(state_dict[name] for name in self.shapes))
-        nodes = tuple(self._node_features(group, state_dict, first, batch) for group in self.groups)
-        edges = tuple(self._edge_features(block, state_dict, first, batch) for block in self.blocks)
-        return NeuralGraph(self, nodes, edges, {name: state_dict[name] for name in self.others if name in state_dict})
-
-    def _batch_axes(self, state_dict: Mapping[str, Tensor]) -> tuple[int, ...]:
-        """The axes before the parameters' own, the same for all."""
-        known = {*self.shapes, *dict(self.aliases), *self.others}
-        unknown = sorted(set(state_dict) - known)
-        missing = sorted(set(self.shapes) - set(state_dict))
-        if unknown or missing:
-            raise ValueError(f"parameters do not fit the wiring: missing {missing}, unknown {unknown}")
-        batch = None
-        for name, shape in self.shapes.items():
-            found = tuple(state_dict[name].shape)
-            if found[len(found) - len(shape) :] != shape:
-                raise ValueError(f"parameter {name} has shape {found}; the wiring needs (..., {str(shape)[1:]}")
-            axes = found[: len(found) - len(shape)]
-            if batch is not None and axes != batch:
-                raise ValueError(f"parameter {name} has batch axes {axes}, the parameters before it {batch}")
-            batch = axes
-        return batch
+        state, batch = Entries(self.shapes, dict(self.aliases), self.others).read(state_dict)
+        first = next(iter(state[name] for name in self.shapes))
+        nodes = tuple(self._node_features(group, state, first, batch) for group in self.groups)
+        edges = tuple(self._edge_features(block, state, first, batch) for block in self.blocks)
+        return NeuralGraph(self, nodes, edges, {name: state[name] for name in self.others if name in state})
 
     def _node_features(
         self, group: Group, state_dict: Mapping[str, Tensor], first: Tensor, batch: tuple[int, ...]
@@ -101,18 +92,57 @@ class Wiring:
         self, block: Block, state_dict: Mapping[str, Tensor], first: Tensor, batch: tuple[int, ...]
     ) -> Tensor:
         if block.weight is None:
-            targets = self.groups[block.target].size if block.target_nodes is None else len(block.target_nodes)
-            sources = self.groups[block.source].size if block.source_nodes is None else len(block.source_nodes)
-            return first.new_ones(1).expand(*batch, targets, sources // block.groups, 1)
+            return first.new_ones(1).expand(*batch, *self._ends(block), 1)
         weight = state_dict[block.weight]
         if block.view is None:
             return weight.unsqueeze(-1)
         seen = block.view(weight, len(batch)).flatten(len(batch), len(batch) + 1)
         return seen.flatten(len(batch) + 2) if len(block.view.size) > 3 else seen.unsqueeze(-1)
 
+    def _ends(self, block: Block) -> tuple[int, int]:
+        """Targets of a block, and sources of each of them."""
+        targets = self.groups[block.target].size if block.target_nodes is None else len(block.target_nodes)
+        sources = self.groups[block.source].size if block.source_nodes is None else len(block.source_nodes)
+        return targets, sources // block.groups
+
+    @cached_property
+    def num_edges(self) -> int:
+        return sum(targets * sources for targets, sources in map(self._ends, self.blocks))
+
+    @cached_property
+    def num_parameters(self) -> int:
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    def __repr__(self) -> str:
+        return f"Wiring: {self._summary()}"
+
+    def _summary(self) -> str:
+        """Counts, and a line for each role: the sizes of its groups where they are few, and their activations."""
+        kinds = ", ".join(dict.fromkeys(block.kind for block in self.blocks))
+        lines = [
+            f"{self.num_nodes:,} neurons in {len(self.groups)} groups, {self.num_edges:,} edges ({kinds}), "
+            f"{self.num_parameters:,} parameters"
+        ]
+        for role in get_args(Role):
+            groups = [self.groups[g] for g in self.with_role(role)]
+            if groups:
+                lines.append(f"  {role}: {_sizes([group.size for group in groups])}{_activations(groups)}")
+        return "\n".join(lines)
+
     def edge_index(self, block: Block) -> Tensor:
         """Source and target of every edge of a block, (2, edges), in the order of its features."""
         return edge_index(self.groups, block)
+
+
+def _sizes(sizes: Sequence[int]) -> str:
+    if len(sizes) <= MOST_SIZES:
+        return ", ".join(f"{size:,}" for size in sizes)
+    return f"{len(sizes)} groups of {min(sizes):,} to {max(sizes):,}"
+
+
+def _activations(groups: Sequence[Group]) -> str:
+    names = ", ".join(dict.fromkeys(group.activation for group in groups))
+    return "" if names == "identity" else f" ({names})"
 
 
 @dataclass(frozen=True)
@@ -140,13 +170,19 @@ class NeuralGraph:
         others = {name: values[index] for name, values in self.others.items()}
         return replace(self.map(lambda tensor: tensor[index]), others=others)
 
+    def __repr__(self) -> str:
+        batch = self.nodes[0].shape[:-2]
+        count = " x ".join(f"{n:,}" for n in batch) + " networks" if batch else "one network"
+        like = self.nodes[0]
+        return f"NeuralGraph of {count}, {like.dtype} on {like.device}\n  {self.wiring._summary()}"
+
     @property
     def num_networks(self) -> int:
         """Length of the first batch axis."""
         return self.edges[0].shape[0]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The parameters, exactly as they were laid in: the inverse of `Wiring.graph`."""
+        """The parameters, exactly as they were bound: the inverse of `Wiring.graph`."""
         state: dict[str, Tensor] = {}
         for block, edges in zip(self.wiring.blocks, self.edges, strict=True):
             if block.weight is not None and not block.tied:

@@ -9,6 +9,7 @@ it was at.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,6 +76,16 @@ class INRSet:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __repr__(self) -> str:
+        shapes = {name: tuple(values.shape[1:]) for name, values in self.parameters.items()}
+        weights = [shape for name, shape in shapes.items() if name.endswith("weight")]
+        layers = "-".join(map(str, (weights[0][1], *(shape[0] for shape in weights))))
+        count = sum(math.prod(shape) for shape in shapes.values())
+        return (
+            f"INRSet: {len(self):,} INRs of layers {layers}, {count:,} parameters each, on {self.psnr.device}\n"
+            f"  classes {sorted(set(self.labels.tolist()))}, PSNR {self.psnr.mean():.1f} dB on average"
+        )
 
     def __getitem__(self, rows: slice) -> INRSet:
         parameters = {name: tensor[rows] for name, tensor in self.parameters.items()}

@@ -77,6 +77,9 @@ class Checkpoints:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def __repr__(self) -> str:
+        return f"Checkpoints: {len(self):,} networks of {self.architecture}"
+
 
 def _bounded(values: Tensor) -> Tensor:
     """Which networks' numbers, (networks, ...), are all finite and within LARGEST."""
@@ -104,6 +107,15 @@ class Population:
 
     def __len__(self) -> int:
         return sum(map(len, self.parts))
+
+    def __repr__(self) -> str:
+        architectures = len({part.architecture for part in self.parts})
+        accuracies = [row["accuracy"] for part in self.parts for row in part.rows]
+        reached = f"accuracies {min(accuracies):.1%} to {max(accuracies):.1%}, " if accuracies else ""
+        return (
+            f"Population: {len(self):,} networks of {architectures:,} architectures in {len(self.parts):,} parts\n"
+            f"  {reached}{len(self.rejected):,} rejected"
+        )
 
     @property
     def table(self) -> pd.DataFrame:
