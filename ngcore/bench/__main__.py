@@ -59,15 +59,15 @@ EPOCH_NOTE = "What an epoch does outside of the model and the optimizer; a ratio
 
 
 def our_ng_gnn(precision: Precision) -> Workload:
-    from ngcore.models import NGGNN
+    from ngcore.models import NGGNN, Scores
 
-    return our_classification(compiled(NGGNN(inr_wiring(), NUM_CLASSES)), precision, MICRO_BATCH)
+    return our_classification(compiled(NGGNN(inr_wiring(), Scores(NUM_CLASSES))), precision, MICRO_BATCH)
 
 
 def our_ng_t(precision: Precision) -> Workload:
-    from ngcore.models import NGT
+    from ngcore.models import NGT, Scores
 
-    return our_classification(compiled(NGT(inr_wiring(), NUM_CLASSES)), precision, MICRO_BATCH)
+    return our_classification(compiled(NGT(inr_wiring(), Scores(NUM_CLASSES))), precision, MICRO_BATCH)
 
 
 def our_dwsnet() -> Workload:
@@ -77,15 +77,15 @@ def our_dwsnet() -> Workload:
 
 
 def our_editing_ng_gnn() -> Workload:
-    from ngcore.models import Editor, EquivariantNGGNN
+    from ngcore.models import NGGNN, Editor, PerParameter
 
-    return our_editing(compiled(Editor(EquivariantNGGNN(inr_wiring()))), MICRO_BATCH)
+    return our_editing(compiled(Editor(NGGNN(inr_wiring(), PerParameter(), sigma=None))), MICRO_BATCH)
 
 
 def our_editing_ng_t() -> Workload:
-    from ngcore.models import Editor, EquivariantNGT
+    from ngcore.models import NGT, Editor, PerParameter
 
-    return our_editing(compiled(Editor(EquivariantNGT(inr_wiring()))), MICRO_BATCH)
+    return our_editing(compiled(Editor(NGT(inr_wiring(), PerParameter(), sigma=3.0, dropout=0.3))), MICRO_BATCH)
 
 
 def our_editing_dwsnet() -> Workload:
@@ -137,6 +137,7 @@ def our_training(
     `loss` is the mean over the networks of a part of the batch.
     """
     graph = random_networks(BATCH)
+    model.fit_normalization(graph)
     cuts = [slice(i, i + micro_batch) for i in range(0, BATCH, micro_batch)]
     parts = [(graph[cut], targets[cut]) for cut in cuts]
     optimizer = adamw(model)

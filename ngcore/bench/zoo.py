@@ -114,13 +114,17 @@ def our_park(method: str) -> Workload:
     """Training steps on networks of many shapes; putting their batches together is part of them."""
     import torch
 
-    from ngcore.graph.batch import Collection
-    from ngcore.models.heterogeneous import HeterogeneousNGGNN, HeterogeneousNGT
+    from ngcore.graph.collection import Collection
+    from ngcore.models import CNN_WIDTHS, NGGNN, NGT, Scores
     from ngcore.tasks.generalization import CHUNK
 
     networks = Collection(park_graphs())
     rows = torch.arange(len(networks))
-    model = {"NG-GNN": HeterogeneousNGGNN, "NG-T": HeterogeneousNGT}[method](networks.frame)
+    options = {"sigma": None, "activations": True, "dropout": 0.0}
+    if method == "NG-T":
+        model = NGT(networks, Scores(), widths=CNN_WIDTHS, **options)
+    else:
+        model = NGGNN(networks, Scores(), **options)
     model.fit_normalization(networks, rows)
     batches = [own[networks.sizes[own].argsort()] for own in rows.split(BATCH)]
     return park_training(
@@ -133,7 +137,7 @@ def plain_park(method: str) -> Workload:
     """The same with torch_geometric; its batches are put together beforehand."""
     import torch
 
-    from ngcore.graph.batch import Frame
+    from ngcore.graph.frame import Frame
     from ngcore.reference.heterogeneous import PlainHeterogeneousNGGNN, PlainHeterogeneousNGT, to_batch, to_data_list
 
     torch.manual_seed(0)

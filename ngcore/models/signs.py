@@ -7,10 +7,20 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ngcore.graph import NeuralGraph
-from ngcore.models.encoder import check_blocks
+from ngcore.graph import NeuralGraph, Wiring
 
 ODD = ("siren", "sine", "tanh", "erf", "softsign", "identity")  # f(-x) = -f(x)
+
+
+def check_blocks(wiring: Wiring) -> None:
+    """Raise a ValueError that names a block which is not one weight for every pair of neurons of two layers."""
+    sizes = [group.size for group in wiring.groups]
+    for block in wiring.blocks:
+        ends = (block.source_nodes, block.source), (block.target_nodes, block.target)
+        some = any(nodes is not None and len(nodes) < sizes[group] for nodes, group in ends)
+        if some or block.groups > 1 or block.weight is None or block.kernel:
+            name = block.weight or f"groups {block.source} -> {block.target}"
+            raise ValueError(f"the {block.kind} block of {name} is not one weight for every pair of neurons")
 
 
 def canonical_signs(graph: NeuralGraph) -> NeuralGraph:
