@@ -137,5 +137,5 @@ def test_other_errors(random_graph):
         graph.to_data()
     with pytest.raises(ValueError, match="one network"):
         draw(graph, plt.figure().add_subplot())
-    with pytest.raises(ValueError, match=r"activation 'gelu' has no function .* these have: .*sine"):
-        activations(mlp([2, 3, 1], "gelu").graph(graph.state_dict()), torch.randn(4, 2, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"activation 'swish' is not in the table, which has: .*sine"):
+        activations(mlp([2, 3, 1], "swish").graph(graph.state_dict()), torch.randn(4, 2, dtype=torch.float64))

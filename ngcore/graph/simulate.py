@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ngcore.activations import OF_OPERATOR, function_of
+from ngcore.activations import function_of
 from ngcore.graph.structure import Reference, Step
 from ngcore.graph.tracing.reader import NO_NEURON
 from ngcore.graph.tracing.rules.parameters import form_of_convolution
@@ -350,7 +350,7 @@ MOVES = {
     "view", "t", "transpose", "permute", "unsqueeze", "squeeze", "select", "slice", "alias", "detach", "getitem",
     "split", "split_with_sizes", "unbind", "expand", "clone",
 }  # fmt: skip
-ELEMENTWISE = {"add", "sub", "rsub", "mul", "div", "maximum", "minimum", *OF_OPERATOR}
+ELEMENTWISE = {"add", "sub", "rsub", "mul", "div", "maximum", "minimum"}
 CONVOLUTIONS = {"convolution"} | {f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)}
 NORMS = {
     "batch_norm", "_native_batch_norm_legit_no_training", "layer_norm", "native_layer_norm", "rms_norm", "group_norm",

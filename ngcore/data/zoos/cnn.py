@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": torch.relu,
-    "gelu": F.gelu,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "leaky_relu": F.leaky_relu,
-    "identity": lambda x: x,
-}
+from ngcore.activations import function_of
+
+ACTIVATIONS = ("relu", "gelu", "tanh", "sigmoid", "leaky_relu", "identity")
 
 
 @dataclass(frozen=True)
@@ -123,7 +116,7 @@ class CNN(nn.Module):
             if earlier >= 0:
                 added = outputs[earlier][:, : x.shape[1]]
                 x = x + F.pad(added, (0, 0, 0, 0, 0, x.shape[1] - added.shape[1]))
-            x = ACTIVATIONS[activation](x)
+            x = function_of(activation)(x)
             outputs.append(x)
         pool = self.architecture.pool
         return self.fc(x.mean(dim=(2, 3)) if pool == 1 else F.adaptive_avg_pool2d(x, pool).flatten(1))

@@ -1,13 +1,10 @@
-"""Reading the wiring of any PyTorch network: its operators, walked once with neurons in place of activations."""
+"""What is collected while a network's operators are read: neurons, edges, places of parameters, spaces of tensors."""
 
 from __future__ import annotations
 
 import math
-import operator
-import warnings
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -16,10 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from ngcore.graph.structure import Block, Group, Reference, Role, Step, View
-from ngcore.graph.symmetry.group import Symmetry
-from ngcore.graph.symmetry.spaces import Space, pin, pinned_leaf, reading, resolve, uniform
-from ngcore.graph.wiring import Wiring
+from ngcore.graph.structure import Block, Role, View
+from ngcore.graph.symmetry.spaces import Space, pin, pinned_leaf, uniform
+from ngcore.graph.tracing.expressions import Apply, Expression, Named, X, compose, name_of
 
 NO_NEURON = -1
 
@@ -39,7 +35,9 @@ class Value:
         constant: the numbers, where they depend on no parameter and no input.
         source: the node of the exported graph that made it.
         parent: of an input that has only been transposed: the input, and which of its axes each axis is.
-        name: of a buffer, in the state dict.
+        formula: of a constant that depends on buffers of the state dict, how it does.
+        function: what has been applied to the sums of the neurons `ids`, number by number.
+        region: the node whose numbers `function` was applied to; None for the source itself.
     """
 
     shape: tuple[int, ...]
@@ -50,7 +48,23 @@ class Value:
     constant: Tensor | None = None
     source: fx.Node | None = None
     parent: tuple[Value, list[int]] | None = None
-    name: str = ""
+    formula: Expression | None = None
+    function: Expression = X
+    region: fx.Node | None = None
+
+    @property
+    def origin(self) -> fx.Node | None:
+        """Values of one origin are functions of the same numbers."""
+        return self.region or self.source
+
+    @property
+    def expression(self) -> Any:
+        """What an expression holds for this value: a constant's number or name, an activation's function."""
+        if self.constant is None:
+            return self.function
+        if self.formula is not None:
+            return self.formula
+        return self.constant.item() if self.constant.numel() == 1 else Named(str(self.constant.tolist()))
 
     @property
     def kind(self) -> str:
@@ -59,13 +73,13 @@ class Value:
 
 @dataclass
 class Neurons:
-    """A group of neurons while the network is being read."""
+    """A group of neurons while the network is being read; `copy`: of another group, through a function of its sums."""
 
     start: int
     size: int
     role: Role
     where: str
-    activation: str = "identity"
+    copy: tuple[int, Expression] | None = None
     bias: tuple[str, View] | None = None
     tied: bool = False
     read: bool = False
@@ -108,6 +122,10 @@ class Reader:
     placed: dict[str, Tensor | None] = field(default_factory=dict)
     """Which elements of a parameter have their place on the graph; None for all of them."""
     vocabularies: dict[Any, Tensor] = field(default_factory=dict)
+    copies: dict[tuple[int, str], int] = field(default_factory=dict)
+    """Groups through which others are read, by the group that is read and the name of the function."""
+    returned: list[Tensor] = field(default_factory=list)
+    """The neurons that the network returns."""
     node: fx.Node | None = None
     read: dict[fx.Node, tuple[Any, range, str]] = field(default_factory=dict)
     """What became of every operator: its value, the blocks that it made, and where it is."""
@@ -153,16 +171,52 @@ class Reader:
 
     def bare(self, ids: Tensor, source: fx.Node | None) -> bool:
         """Whether these neurons are still nothing but sums that only the operator being read will see."""
-        groups = self.groups_of(ids)
+        groups = [self.groups[g] for g in self.groups_of(ids)]
         used_once = source is not None and sum(user.target is not SLICE_SCATTER for user in source.users) <= 1
         return (
             used_once
             and bool((ids != NO_NEURON).all())
-            and all(
-                not self.groups[g].read and self.groups[g].activation == "identity" and self.groups[g].role == "hidden"
-                for g in groups
-            )
+            and all(not group.read and group.copy is None and group.role == "hidden" for group in groups)
         )
+
+    def through(self, ids: Tensor, function: Expression, make: bool = True) -> Tensor:
+        """The neurons that hold a function of these neurons' sums: copies, made once per function.
+
+        Reading ends with a group as its own only copy where nothing else reads it: see `closing`. Where copies are not
+        to be made, and there are none, the neurons themselves.
+        """
+        if name_of(function) == "identity":
+            return ids
+        shift = torch.zeros(len(self.groups), dtype=torch.int64)
+        for g in self.groups_of(ids):
+            parent, own = self.groups[g].copy or (g, X)
+            whole = compose(function, own)
+            if name_of(whole) == "identity":
+                shift[g] = self.groups[parent].start - self.groups[g].start
+            elif make or (parent, name_of(whole)) in self.copies:
+                shift[g] = self.groups[self._copy(parent, whole)].start - self.groups[g].start
+        return torch.where(ids == NO_NEURON, ids, ids + shift[self.places(ids)])
+
+    def _copy(self, parent: int, function: Expression) -> int:
+        key = parent, name_of(function)
+        if key not in self.copies:
+            group = self.groups[parent]
+            fresh = self.new_neurons(group.size)
+            self.copies[key] = len(self.groups) - 1
+            self.groups[-1].copy, self.groups[-1].where = (parent, function), group.where
+            self.connect(torch.arange(group.start, group.start + group.size), fresh, "residual", groups=group.size)
+        return self.copies[key]
+
+    def originals(self, ids: Tensor) -> Tensor:
+        """The neurons of which copies are copies, others themselves."""
+        shift = torch.tensor([0 if g.copy is None else self.groups[g.copy[0]].start - g.start for g in self.groups])
+        return ids + shift[self.places(ids)]
+
+    def give_back(self, value: Value) -> None:
+        """A value that the network returns: its order is the network's own."""
+        pin(*value.axes)
+        if value.ids is not None:
+            self.returned.append(self.neurons(value, -1))
 
     # Blocks
 
@@ -246,18 +300,24 @@ class Reader:
 
     # Values
 
-    def activation(self, shape: Sequence[int], axes: Sequence[Space], ids: Tensor | None) -> Value:
-        value = Value(tuple(shape), list(axes), None if ids is None else collapse(ids), source=self.node)
+    def activation(
+        self, shape: Sequence[int], axes: Sequence[Space], ids: Tensor | None, function: Expression = X
+    ) -> Value:
+        ids = None if ids is None else collapse(ids)
         self.tensors.append(tuple(axes))
-        return value
+        return Value(tuple(shape), list(axes), ids, source=self.node, function=function)
 
     def neurons(self, value: Value, axis: int) -> Tensor:
-        """Ids of an activation of which `axis` runs over neurons; an input's are made when it is first read."""
+        """Ids of the neurons that hold an activation of which `axis` runs over neurons, for what reads them."""
+        return self.through(self.sums(value, axis), value.function)
+
+    def sums(self, value: Value, axis: int) -> Tensor:
+        """Ids of the neurons to whose sums `value.function` was applied; an input's are made when it is first read."""
         if value.ids is not None:
             return value.ids
         if value.parent is not None:
             parent, order = value.parent
-            return self.neurons(parent, order[axis]).permute(order)
+            return self.sums(parent, order[axis]).permute(order)
         axis %= len(value.shape)
         if axis not in value.made:
             shape = [1] * len(value.shape)
@@ -266,10 +326,14 @@ class Reader:
         return value.made[axis]
 
     def same(self, value: Value, axes: Sequence[Space] | None = None) -> Value:
-        """An activation after an operator that acts on every number by itself: of the same neurons."""
+        """An activation after an operator that mixes numbers of the same neurons, or changes each in its own way."""
         axes = value.axes if axes is None else axes
         self.tensors.append(tuple(axes))
-        return replace(value, axes=list(axes), source=self.node)
+        return replace(value, axes=list(axes), source=self.node, region=None)
+
+    def applied(self, value: Value, function: Expression) -> Value:
+        """An activation after an operator that does the same to every number: a function of the numbers at `origin`."""
+        return replace(self.same(value), function=function, region=value.origin)
 
 
 SLICE_SCATTER = torch.ops.aten.slice_scatter.default
@@ -315,217 +379,12 @@ def constant_axes(values: Tensor) -> list[Space]:
     return axes
 
 
-def trace(module: nn.Module, *example_inputs: Any, **example_keywords: Any) -> Wiring:
-    """The wiring of a network, read from the operators that it runs on example inputs.
+def applied(operator: Callable[..., Any], arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Apply:
+    """An operator's result as an expression of its operands'."""
 
-    Choose examples with at least three positions along sequences and odd sizes along images: an axis of length 1
-    hides what happens along it. The network is read in evaluation mode; its weights do not matter.
+    def plain(x: Any) -> Any:
+        if isinstance(x, Value):
+            return x.expression
+        return tuple(plain(y) for y in x) if isinstance(x, (list, tuple)) else x
 
-    Raises:
-        TraceError: the network can't be exported, or an operator has no rule; the message says which and where.
-    """
-    with _evaluation_mode(module), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # torch.export's own
-        try:
-            exported = torch.export.export(module, example_inputs, example_keywords, strict=False)
-            exported = exported.run_decompositions({})
-        except Exception as error:
-            raise TraceError(f"torch.export can't read {type(module).__name__}: {error}") from error
-    reader = Reader(module, owners=_owners(module))
-    values = _read(reader, exported)
-    return _wiring(reader, exported, values)
-
-
-@contextmanager
-def _evaluation_mode(module: nn.Module) -> Iterator[None]:
-    modes = [(inner, inner.training) for inner in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for inner, training in modes:
-            inner.training = training
-
-
-def _owners(module: nn.Module) -> dict[str, str]:
-    """The first name of every parameter: tied ones have several."""
-    first: dict[int, str] = {}
-    return {
-        name: first.setdefault(id(parameter), name)
-        for name, parameter in module.named_parameters(remove_duplicate=False)
-    }
-
-
-def _read(reader: Reader, exported: torch.export.ExportedProgram) -> list[Value]:
-    """Walk the operators; the values that the network returns."""
-    values: dict[fx.Node, Any] = {}
-    signature = exported.graph_signature
-    returned: list[Value] = []
-    for node in exported.graph.nodes:
-        reader.node = node
-        blocks = len(reader.blocks)
-        if node.op == "placeholder":
-            values[node] = _placeholder(reader, exported, node)
-        elif node.op == "call_function":
-            values[node] = _call(reader, node, values)
-            for value in values[node] if isinstance(values[node], (tuple, list)) else [values[node]]:
-                if isinstance(value, Value) and value.source is None:
-                    value.source = node
-        elif node.op == "output":
-            wanted = set(signature.user_outputs)
-            returned = [values[out] for out in node.args[0] if isinstance(out, fx.Node) and out.name in wanted]
-        else:
-            raise reader.fail(f"no rule for {node.op} nodes")
-        reader.read[node] = values.get(node), range(blocks, len(reader.blocks)), reader.where
-    return returned
-
-
-def _placeholder(reader: Reader, exported: torch.export.ExportedProgram, node: fx.Node) -> Any:
-    signature = exported.graph_signature
-    example = node.meta.get("val")
-    name = signature.inputs_to_parameters.get(node.name)
-    if name is not None:
-        name = reader.owners.get(name, name)
-        if name not in reader.axes:
-            reader.axes[name] = tuple(Space(n) if n != 1 else uniform(1) for n in example.shape)
-            reader.slots[name] = torch.empty(example.shape, device="meta")
-        return Value(tuple(example.shape), list(reader.axes[name]), slot=(name, reader.slots[name]))
-    buffer = signature.inputs_to_buffers.get(node.name)
-    lifted = signature.inputs_to_lifted_tensor_constants.get(node.name)
-    if buffer is not None or lifted is not None:
-        found = exported.constants if lifted is not None or buffer in signature.non_persistent_buffers else None
-        constant = found[lifted or buffer] if found is not None else exported.state_dict[buffer]
-        return Value(tuple(constant.shape), constant_axes(constant), constant=constant, source=node, name=buffer or "")
-    if not isinstance(example, Tensor):
-        return example
-    return Value(tuple(example.shape), [pinned_leaf(n) for n in example.shape], source=node)
-
-
-def _call(reader: Reader, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-    arguments = fx.node.map_arg(node.args, values.__getitem__)
-    keywords = fx.node.map_arg(node.kwargs, values.__getitem__)
-    if node.target is operator.getitem:
-        return arguments[0][arguments[1]]
-    found: list[Value] = []
-    fx.node.map_aggregate((arguments, keywords), lambda x: found.append(x) if isinstance(x, Value) else None)
-    if all(value.kind == "constant" for value in found):
-        return _evaluate(node, arguments, keywords)
-    name = reader.operator
-    if name not in RULES:
-        raise reader.fail(
-            f"no rule for the operator {name}; register one with @ngcore.graph.rule('{name}'), "
-            "as ngcore/graph/rules/ does"
-        )
-    token = reading.set(f"{name} in '{reader.named}'")
-    try:
-        return RULES[name](reader, *arguments, **keywords)
-    except TraceError:
-        raise
-    except Exception as error:
-        raise reader.fail(f"the rule for {name} failed: {type(error).__name__}: {error}") from error
-    finally:
-        reading.reset(token)
-
-
-def _evaluate(node: fx.Node, arguments: Any, keywords: Any) -> Any:
-    """Operators on constants alone are run."""
-
-    def numbers(x: Any) -> Any:
-        return x.constant if isinstance(x, Value) else x
-
-    def wrap(x: Any) -> Any:
-        return Value(tuple(x.shape), constant_axes(x), constant=x, source=node) if isinstance(x, Tensor) else x
-
-    result = node.target(
-        *fx.node.map_aggregate(arguments, numbers),
-        **{k: fx.node.map_aggregate(v, numbers) for k, v in keywords.items()},
-    )
-    return [wrap(x) for x in result] if isinstance(result, (tuple, list)) else wrap(result)
-
-
-def _steps(reader: Reader, exported: torch.export.ExportedProgram) -> tuple[Step, ...]:
-    """The operators as they were read, with the neurons behind their results."""
-    place = {node: Reference(i) for i, node in enumerate(reader.read)}
-    wanted = set(exported.graph_signature.user_outputs)
-    steps = []
-    for node, (value, blocks, where) in reader.read.items():
-        first = value[0] if isinstance(value, (list, tuple)) and value else value
-        known = first if isinstance(first, Value) else None
-        parameter = None if known is None or known.slot is None else known.slot[0]
-        ids = None if known is None else _ids(reader, known)
-        if node.op == "placeholder":
-            given, arguments = _given(exported, node, value)
-            steps.append(Step(given, arguments, ids=ids, parameter=parameter))
-        elif node.op == "output":
-            returned = [out for out in node.args[0] if isinstance(out, fx.Node) and out.name in wanted]
-            steps.append(Step("output", tuple(place[out] for out in returned)))
-        else:
-            name = "getitem" if node.target is operator.getitem else str(node.target)
-            arguments, keywords = fx.node.map_arg((node.args, dict(node.kwargs)), place.__getitem__)
-            steps.append(Step(name, tuple(arguments), keywords, ids, blocks, parameter, where))
-    return tuple(steps)
-
-
-def _given(exported: torch.export.ExportedProgram, node: fx.Node, value: Any) -> tuple[str, tuple[Any, ...]]:
-    """What a step stands for that is not computed: its kind, and its name, shape or number."""
-    if not isinstance(value, Value):
-        return "constant", (value,)
-    if value.slot is not None:
-        return "parameter", (value.slot[0],)
-    if value.constant is None:
-        return "input", (node.name, value.shape)
-    buffer = exported.graph_signature.inputs_to_buffers.get(node.name)
-    return ("buffer", (buffer,)) if buffer in exported.state_dict else ("constant", (value.constant,))
-
-
-def _ids(reader: Reader, value: Value) -> Tensor | None:
-    """The neurons of a value at the end of reading: an input's may have been made later."""
-    if value.constant is not None:
-        return torch.full([1] * len(value.shape), NO_NEURON)
-    if value.ids is not None or value.slot is not None:
-        return value.ids
-    if value.parent is not None:
-        parent, order = value.parent
-        known = _ids(reader, parent)
-        return None if known is None else known.permute(order)
-    made = list(value.made.values())
-    return made[0] if len(made) == 1 else None
-
-
-def _wiring(reader: Reader, exported: torch.export.ExportedProgram, returned: list[Value]) -> Wiring:
-    """Close the books: outputs, layers, names."""
-    outputs: set[int] = set()
-    for value in returned:
-        pin(*value.axes)
-        if value.ids is not None:
-            outputs |= set(reader.groups_of(value.ids))
-    parents: list[set[int]] = [set() for _ in reader.groups]
-    for block in reader.blocks:
-        parents[block.target].add(block.source)
-    layers: list[int] = []
-    for g in range(len(reader.groups)):
-        layers.append(1 + max((layers[p] for p in parents[g] if p < g), default=-1))
-    groups = []
-    for g, group in enumerate(reader.groups):
-        role = "output" if g in outputs and group.role == "hidden" else group.role
-        bias, view = group.bias or (None, None)
-        groups.append(
-            Group(group.size, role, layers[g], group.activation, bias, view, group.where, group.tied, group.locations)
-        )
-    aliases = {name: owner for name, owner in reader.owners.items() if name != owner}
-    everything = exported.state_dict
-    used = {block.weight for block in reader.blocks} | {group.bias for group in groups}
-    shapes = {name: tuple(everything[name].shape) for name in reader.axes if name in used}
-    for name, placed in reader.placed.items():
-        if placed is not None and not placed.all():
-            raise TraceError(f"parameter {name} of shape {shapes[name]} has {int(placed.sum())} places on the graph")
-    axes = {name: tuple(map(resolve, own)) for name, own in reader.axes.items()}
-    return Wiring(
-        tuple(groups),
-        tuple(reader.blocks),
-        parameters=tuple(shapes.items()),
-        aliases=tuple(aliases.items()),
-        others=tuple(name for name in everything if name not in used and name not in aliases),
-        symmetry=Symmetry(axes | {alias: axes[name] for alias, name in aliases.items()}, reader.tensors),
-        steps=_steps(reader, exported),
-    )
+    return Apply(operator, plain(tuple(arguments)), tuple((name, plain(value)) for name, value in keywords.items()))

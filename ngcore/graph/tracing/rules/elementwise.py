@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ngcore.activations import OF_OPERATOR
 from ngcore.graph.symmetry.spaces import Space, is_pinned, pin, uniform
-from ngcore.graph.tracing.reader import NO_NEURON, Reader, Value, constant_axes, rule
+from ngcore.graph.tracing.expressions import Apply, Named
+from ngcore.graph.tracing.reader import NO_NEURON, Reader, Value, applied, constant_axes, rule
 from ngcore.graph.tracing.rules.operands import (
     as_activation,
     joined_axes,
     merge_positions,
     place_on_positions,
+    read,
     read_input,
     replaced,
     successors,
@@ -25,9 +26,26 @@ from ngcore.graph.tracing.rules.operands import (
 )
 
 
+def composed(reader: Reader, *operands: Any, **keywords: Any) -> Value | None:
+    """The result of an operator on numbers, if it is a function of one and the same number for every element.
+
+    Its operands are functions of the numbers of one tensor, plain numbers, and constants of one element.
+    """
+    values = [x for x in (*operands, *keywords.values()) if isinstance(x, Value)]
+    sums = [x for x in values if x.kind == "activation"]
+    constants = [x for x in values if x.kind == "constant"]
+    if not sums or len(sums) + len(constants) < len(values):
+        return None
+    if any(x.origin is not sums[0].origin or x.origin is None for x in sums):
+        return None
+    if any(math.prod(x.shape) != 1 for x in constants) or tuple(reader.node.meta["val"].shape) != sums[0].shape:
+        return None
+    return reader.applied(sums[0], applied(reader.node.target, operands, keywords))
+
+
 @rule("add", "sub", "rsub", "add_", "lerp")
 def add(reader: Reader, a: Any, b: Any, *arguments: Any, **keywords: Any) -> Value:
-    return combine(reader, a, b, "residual")
+    return composed(reader, a, b, *arguments, **keywords) or combine(reader, a, b, "residual")
 
 
 @rule(
@@ -35,10 +53,13 @@ def add(reader: Reader, a: Any, b: Any, *arguments: Any, **keywords: Any) -> Val
     "fmod", "remainder", "mul_", "bitwise_and", "logical_and", "addcmul", "floor_divide",
 )  # fmt: skip
 def multiply(reader: Reader, *operands: Any, **keywords: Any) -> Value:
+    result = composed(reader, *operands, **keywords)
+    if result is not None:
+        return result
     values = [x for x in operands if isinstance(x, Value)]
     result = values[0]
     if len(values) == 1:
-        return pointwise(reader, result)
+        return unchanged(reader, result)
     for other in values[1:]:
         result = combine(reader, result, other, "product")
     return result
@@ -47,18 +68,18 @@ def multiply(reader: Reader, *operands: Any, **keywords: Any) -> Value:
 def combine(reader: Reader, a: Any, b: Any, kind: str) -> Value:
     """Two operands, element by element."""
     if not isinstance(a, Value) or not isinstance(b, Value):
-        return pointwise(reader, a if isinstance(a, Value) else b)
+        return unchanged(reader, a if isinstance(a, Value) else b)
     if "parameter" in (a.kind, b.kind):
         return combine_parameter(reader, a, b, kind)
     axes = joined_axes([a.axes, b.axes])
     shape = torch.broadcast_shapes(a.shape, b.shape)
     if a.kind == "activation" and b.kind == "activation":
-        a, b = read_input(reader, a), read_input(reader, b)
-        return reader.activation(shape, axes, join(reader, a, b, shape, kind))
+        return join(reader, read_input(reader, a), read_input(reader, b), shape, axes, kind)
     known = a if a.kind == "activation" else b
     if known.shape == shape:
         return reader.same(known, axes)
-    return reader.activation(shape, axes, None if known.ids is None else with_rank(known.ids, len(shape)))
+    ids = None if known.ids is None else with_rank(known.ids, len(shape))
+    return reader.activation(shape, axes, ids, known.function)
 
 
 def with_rank(tensor: Tensor, rank: int) -> Tensor:
@@ -81,7 +102,7 @@ def combine_parameter(reader: Reader, a: Value, b: Value, kind: str) -> Value:
         return combine(reader, as_activation(reader, b), a, kind)
     shape, b = torch.broadcast_shapes(a.shape, b.shape), unexpanded(b)
     axes = joined_axes([a.axes, b.axes])
-    a = read_input(reader, a)
+    a = read(reader, a)
     rank = len(shape)
     name, slot = b.slot
     slot, ids = with_rank(slot, rank), with_rank(a.ids, rank)
@@ -96,9 +117,7 @@ def combine_parameter(reader: Reader, a: Value, b: Value, kind: str) -> Value:
         return scale(reader, name, slot, shape, axes, ids, moving)
     axis = moving[-1]
     if ids.shape[axis] == 1:
-        return reader.activation(
-            shape, axes, join(reader, Value(shape, axes, ids, source=a.source), as_activation(reader, b), shape, kind)
-        )
+        return join(reader, Value(shape, axes, ids, source=a.source), as_activation(reader, b), shape, axes, kind)
     ids = merge_positions(reader, ids, axes, axis)
     rows = ids.movedim(axis, -1).reshape(-1, ids.shape[axis])
     if len(rows) > 1 or bool((rows == NO_NEURON).any()):
@@ -151,78 +170,79 @@ def _inverse(order: Sequence[int]) -> list[int]:
     return sorted(range(len(order)), key=order.__getitem__)
 
 
-def join(reader: Reader, a: Value, b: Value, shape: Sequence[int], kind: str) -> Tensor:
-    """Ids of an element-wise operation of two activations.
+def join(reader: Reader, a: Value, b: Value, shape: Sequence[int], axes: Sequence[Space], kind: str) -> Value:
+    """An element-wise operation of two activations.
 
-    Neurons that meet themselves or no neuron stay. In a sum of two different ones the later joins the edges of the
-    earlier to its own, if nothing else will read it bare; otherwise every pair makes a new neuron.
+    Neurons that meet no neuron stay, and so do those that meet themselves at other positions: a statistic of theirs, or
+    the same function of their sums.
     """
     first, second = torch.broadcast_tensors(with_rank(a.ids, len(shape)), with_rank(b.ids, len(shape)))
-    if torch.equal(first, second) or bool((second == NO_NEURON).all()):
-        return first
+    if bool((second == NO_NEURON).all()):
+        return reader.activation(shape, axes, first, a.function)
     if bool((first == NO_NEURON).all()):
-        return second
+        return reader.activation(shape, axes, second, b.function)
+    if torch.equal(first, second) and (a.function == b.function or a.shape != b.shape):
+        larger = a if math.prod(a.shape) >= math.prod(b.shape) else b
+        return reader.activation(shape, axes, first, larger.function)
+    a, b = read(reader, a), read(reader, b)
+    first, second = torch.broadcast_tensors(with_rank(a.ids, len(shape)), with_rank(b.ids, len(shape)))
     pairs, place = torch.unique(torch.stack([first.flatten(), second.flatten()], 1), dim=0, return_inverse=True)
+    return reader.activation(shape, axes, meet(reader, a, b, pairs, kind)[place].view(first.shape))
+
+
+def meet(reader: Reader, a: Value, b: Value, pairs: Tensor, kind: str) -> Tensor:
+    """The neurons of pairs of neurons (pairs, 2): new ones, unless they are sums that take in the others' edges.
+
+    In a sum of two different neurons the later joins the edges of the earlier to its own, if nothing else will read it
+    bare.
+    """
     meeting = (pairs != NO_NEURON).all(1) & (pairs[:, 0] != pairs[:, 1])
     new = pairs.amax(1)
     left, right = pairs[meeting].T
     if kind == "residual":
         for target, source, value in ((right, left, b), (left, right, a)):
-            later = len(target) and int(target.min()) > int(source.max())
+            later = len(target) and int(target.min()) > int(reader.originals(source).max())
             if later and len(torch.unique(target)) == len(target) and reader.bare(target, value.source):
                 reader.connect(source, target, kind, groups=len(target))
                 new[meeting] = target
-                return new[place].view(first.shape)
+                return new
     fresh = reader.new_neurons(int(meeting.sum()))
     reader.connect(left, fresh, kind, groups=len(fresh))
     reader.connect(right, fresh, kind, groups=len(fresh))
     new[meeting] = fresh
-    return new[place].view(first.shape)
-
-
-@rule(*OF_OPERATOR)
-def activation(reader: Reader, value: Value, *arguments: Any, **keywords: Any) -> Value:
-    """An activation function marks the neurons; where their sums are read as well, neurons of their own."""
-    if value.slot is not None:
-        return value
-    result = reader.same(value)
-    if value.ids is None:
-        return result
-    name = OF_OPERATOR[reader.operator.removeprefix("aten.")]
-    module = next(reversed((reader.node.meta.get("nn_module_stack") or {"": ("", "")}).values()))[1]
-    named = next((known for known in ("gelu", "silu", "mish") if known in str(module).lower().split(".")[-1]), name)
-    known = torch.unique(value.ids[value.ids != NO_NEURON])
-    if not len(known):
-        return result
-    if not reader.bare(known, value.source):
-        fresh = successors(reader, known, "residual")
-        result.ids = replaced(value.ids, known, fresh)
-        known = fresh
-    for g in reader.groups_of(known):
-        reader.groups[g].activation = named
-    return result
+    return new
 
 
 @rule(
-    "neg", "abs", "exp", "log", "sqrt", "rsqrt", "reciprocal", "cos", "square", "clamp", "clamp_min", "clamp_max",
-    "sign", "floor", "round", "log1p", "expm1", "logical_not", "bitwise_not", "isinf", "isnan", "nan_to_num", "softmax",
-    "_softmax", "log_softmax", "_log_softmax", "ones_like", "zeros_like", "full_like", "empty_like", "rand_like",
-    "_safe_softmax", "bitwise_xor",
+    "relu", "relu_", "sin", "tanh", "sigmoid", "gelu", "silu", "silu_", "leaky_relu", "leaky_relu_", "elu", "relu6",
+    "softplus", "hardtanh", "hardtanh_", "hardswish", "hardswish_", "hardsigmoid", "mish", "selu", "celu",
+    "log_sigmoid", "erf", "softsign", "neg", "abs", "exp", "log", "sqrt", "rsqrt", "reciprocal", "cos", "square",
+    "clamp", "clamp_min", "clamp_max", "sign", "floor", "round", "log1p", "expm1", "logical_not", "bitwise_not",
+    "isinf", "isnan", "nan_to_num", "bitwise_xor",
 )  # fmt: skip
 def pointwise(reader: Reader, value: Value, *arguments: Any, **keywords: Any) -> Value:
-    """Functions that are not neurons' activations change nothing that the graph shows."""
-    if reader.operator in ("aten.ones_like", "aten.zeros_like", "aten.full_like", "aten.empty_like"):
-        example = reader.node.meta["val"]
-        filled = reader.node.target(torch.empty(value.shape, dtype=example.dtype), *arguments)
-        return Value(value.shape, constant_axes(filled), constant=filled)
+    """The same function of every number: neurons' activations, where it is read. Parameters stay what they are."""
+    return composed(reader, value, *arguments, **keywords) or unchanged(reader, value)
+
+
+@rule("softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax", "rand_like")
+def unchanged(reader: Reader, value: Value, *arguments: Any, **keywords: Any) -> Value:
+    """What is no function of one number alone changes nothing that the graph shows."""
     return value if value.slot is not None else reader.same(value)
+
+
+@rule("ones_like", "zeros_like", "full_like", "empty_like")
+def filled(reader: Reader, value: Value, *arguments: Any, **keywords: Any) -> Value:
+    example = reader.node.meta["val"]
+    numbers = reader.node.target(torch.empty(value.shape, dtype=example.dtype), *arguments)
+    return Value(value.shape, constant_axes(numbers), constant=numbers)
 
 
 @rule("cumsum", "sort", "cumprod")
 def ordered(reader: Reader, value: Value, dim: int, *arguments: Any) -> Value:
     """What runs along an axis holds its order."""
     pin(value.axes[dim])
-    return pointwise(reader, value)
+    return unchanged(reader, value)
 
 
 @rule("prelu")
@@ -233,6 +253,7 @@ def prelu(reader: Reader, value: Value, weight: Value) -> Value:
         shape[axis] = weight.shape[0]
     axes = [uniform(1)] * len(shape)
     axes[axis] = weight.axes[0]
+    value = reader.applied(value, Apply(reader.node.target, (value.function, Named("slope"))))
     return combine_parameter(
         reader, value, Value(tuple(shape), axes, slot=(weight.slot[0], weight.slot[1].view(shape))), "product"
     )

@@ -39,9 +39,9 @@ def moved(reader: Reader, value: Value, axes: Sequence[Space], move: Callable[[T
         constant = move(value.constant)
         return Value(tuple(constant.shape), list(axes), constant=constant)
     if value.ids is None:  # an input's neurons are made when it is read
-        return reader.activation(move(torch.empty(value.shape, device="meta")).shape, axes, None)
+        return reader.activation(move(torch.empty(value.shape, device="meta")).shape, axes, None, value.function)
     ids = move(value.ids.expand(value.shape))
-    return reader.activation(ids.shape, axes, ids)
+    return reader.activation(ids.shape, axes, ids, value.function)
 
 
 def reshape_axes(value: Value, shape: Sequence[int]) -> list[Space]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ngcore.graph.symmetry.spaces import Space, is_pinned, pin, resolve, uniform, unify
+from ngcore.graph.tracing.expressions import X
 from ngcore.graph.tracing.reader import NO_NEURON, Reader, Value
 
 
@@ -36,9 +38,14 @@ def known_ids(reader: Reader, value: Value, axis: int) -> Tensor:
 def read_input(reader: Reader, value: Value) -> Value:
     """An input that meets another activation: its neurons lie along its last axis, or along an image's channels."""
     if value.ids is None:
-        ids = reader.neurons(value, 1 if len(value.shape) > 3 else -1)
-        return Value(value.shape, value.axes, ids, source=value.source)
+        return replace(value, ids=reader.sums(value, 1 if len(value.shape) > 3 else -1))
     return value
+
+
+def read(reader: Reader, value: Value) -> Value:
+    """An activation as neurons that hold its numbers."""
+    value = read_input(reader, value)
+    return replace(value, ids=reader.neurons(value, -1), function=X)
 
 
 def as_activation(reader: Reader, value: Value) -> Value:

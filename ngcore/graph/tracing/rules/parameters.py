@@ -21,6 +21,7 @@ from ngcore.graph.symmetry.spaces import (
     uniform,
     unify,
 )
+from ngcore.graph.tracing.expressions import Named
 from ngcore.graph.tracing.reader import NO_NEURON, Reader, Value, rule
 from ngcore.graph.tracing.rules.elementwise import combine, combine_parameter
 from ngcore.graph.tracing.rules.moving import insert_axis, moved, repeat_interleave
@@ -298,7 +299,7 @@ def normalize(reader: Reader, x: Value, dims: Sequence[int], weight: Value | Non
             with_bias(reader, result.ids.permute([*others, *dims]).reshape(-1, bias.slot[1].numel()), bias)
     elif bias is not None:
         result = combine_parameter(reader, x, laid(bias), "residual")
-    return replace(result, source=reader.node)
+    return replace(result, source=reader.node, region=None)
 
 
 @rule("layer_norm", "native_layer_norm", "rms_norm")
@@ -322,8 +323,8 @@ def batch_norm(
 ) -> Any:
     """Running statistics are no edges, but they move with their neurons."""
     for statistics in (mean, var):
-        if statistics is not None:
-            known = reader.axes.setdefault(statistics.name, (Space(statistics.shape[0]),))
+        if statistics is not None and isinstance(statistics.formula, Named):
+            known = reader.axes.setdefault(statistics.formula.name, (Space(statistics.shape[0]),))
             unify(known[0], x.axes[1])
     result = normalize(reader, x, [1], weight, bias)
     return [result] * 3 if "native" in reader.operator else result

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ngcore.graph.symmetry.spaces import Space, is_pinned, pin, pinned_leaf, uniform
 from ngcore.graph.tracing.reader import NO_NEURON, Reader, Value, rule
-from ngcore.graph.tracing.rules.operands import merge_positions
+from ngcore.graph.tracing.rules.operands import merge_positions, read
 
 
 @rule(
@@ -26,13 +26,15 @@ def reduce(reader: Reader, value: Value, *arguments: Any, **keywords: Any) -> An
     several = isinstance(example, (tuple, list))
     if several or "arg" in reader.operator:
         pin(*(value.axes[d] for d in dims))  # places along the axis are among the results
+    if value.ids is not None and any(value.ids.shape[d] > 1 and is_pinned(value.axes[d]) for d in dims):
+        value = read(reader, value)  # other neurons at other positions are joined
     ids = None if value.ids is None else reduced_ids(reader, value.ids, value.axes, dims)
     axes = [uniform(1) if d in dims else axis for d, axis in enumerate(value.axes)]
     shape = (example[0] if several else example).shape
     if len(shape) < len(value.shape):
         axes = [axis for d, axis in enumerate(axes) if d not in dims]
         ids = None if ids is None else ids.squeeze(dims)
-    result = reader.activation(shape, axes, ids)
+    result = reader.activation(shape, axes, ids, value.function)
     return [result, result] if several else result
 
 
