@@ -1,40 +1,84 @@
-"""Command line of the study: `python -m ngcore.study run` and `python -m ngcore.study figures`."""
+"""Command line of the study: `python -m ngcore.study run`, `train` and `figures`."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
+import time
 from collections.abc import Sequence
+from pathlib import Path
 
-from ngcore.study.notebooks import NotebookError, execute
-from ngcore.study.profiles import ProfileError
+from ngcore.study.execution import OutOfTime
+from ngcore.study.executor import RunsFailed
+from ngcore.study.profiles import NotebookError, ProfileError, declared_parameters, plan_notebooks
+from ngcore.study.runs import ROOT, RunError
+
+MARGIN = 0.05, 20.0  # of the minutes given, and at most so many seconds, for coming to an end
+FAILED, WRONG, OUT_OF_TIME, INTERRUPTED = 1, 2, 3, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 1 a notebook failed, 2 wrong arguments, 130 interrupted."""
+    """Exit code: 0 done, 1 a notebook or run failed, 2 wrong arguments, 3 the time was over first, 130 interrupted."""
     options = _parser().parse_args(arguments)
     try:
-        if options.command == "run":
-            execute(options.profile, options.only)
+        if options.command == "train":
+            train(options.profile, options.only, options.minutes)
         else:
-            execute(options.profile, train=False)
-    except (ProfileError, NotebookError) as error:
+            show(options.profile, getattr(options, "only", None), options.command == "run")
+    except ProfileError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ProfileError) else 1
+        return WRONG
+    except (NotebookError, RunsFailed, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    except OutOfTime as end:
+        print(f"Time is over: {end}. Start again to go on: finished runs and checkpoints are stored.")
+        return OUT_OF_TIME
     except KeyboardInterrupt:
         print("Stopped. Start again to go on: finished runs are stored.", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     return 0
+
+
+def show(profile: str, only: Sequence[str] | None, train: bool) -> None:
+    """Execute the notebooks."""
+    from ngcore.study.notebooks import execute  # Jupyter is needed here alone
+
+    execute(profile, only, train)
+
+
+def train(profile: str, only: Sequence[str] | None = None, minutes: float | None = None, root: Path = ROOT) -> None:
+    """Execute the runs that the notebooks show, and publish them, without executing a notebook.
+
+    Raises:
+        OutOfTime: so many minutes are nearly over.
+        RunsFailed: some runs failed; those of the other notebooks are not begun.
+    """
+    started = time.time()
+    share, most = MARGIN
+    deadline = None if minutes is None else started + 60 * minutes - min(most, share * 60 * minutes)
+    tasks = importlib.import_module("ngcore.tasks")  # the command stands above the packages that it joins
+    for notebook, parameters in plan_notebooks(profile, only, root / "notebooks").items():
+        plan = tasks.PLANS.get(notebook.name[:2])
+        if plan is not None:
+            print(f"Runs of {notebook.stem}", flush=True)
+            values = declared_parameters(notebook) | parameters | {"train": True}
+            found = tasks.records(plan, values, deadline=deadline)
+            print(f"{len(found)} records of {notebook.stem} are stored", flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m ngcore.study", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="execute the notebooks; runs that are stored are not trained again")
+    runs = commands.add_parser("train", help="execute their runs alone, without Jupyter; stored ones not again")
     figures = commands.add_parser("figures", help="redraw tables and figures from stored runs, without training")
-    for command in (run, figures):
+    for command in (run, runs, figures):
         command.add_argument("--profile", default="quick", help="a file of notebooks/profiles (default: quick)")
-    run.add_argument("--only", type=lambda text: text.split(","), help="numbers of notebooks, such as 01,03")
+    for command in (run, runs):
+        command.add_argument("--only", type=lambda text: text.split(","), help="numbers of notebooks, such as 01,03")
+    runs.add_argument("--minutes", type=float, help="come to an end before so many minutes are over")
     return parser
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
 from scipy import stats
 
-from ngcore.study.tables import method_order, values_of
+from ngcore.study.methods import Methods, method_order
+from ngcore.study.tables import values_of
 
 LEVEL = 0.95
 
@@ -20,6 +22,7 @@ def differences(
     metric: str,
     scale: int | float = 1,
     by: Sequence[str] = ("method",),
+    methods: Methods = MappingProxyType({}),
 ) -> pd.DataFrame:
     """Every variant of a method beside the variant `base` of the same method.
 
@@ -28,11 +31,11 @@ def differences(
     2.5 of their standard deviations to either side, so only large differences show.
 
     Args:
-        metric, scale: as of `tables.summarize`; more is better.
-        by: names in the records' configs that tell the methods apart, beside `variant` and `seed`.
+        metric, scale, methods: see `tables.summarize`; more is better.
+        by: names in the records' configs that distinguish the methods, beside `variant` and `seed`.
 
     Returns:
-        A row per method and variant, methods as in `tables.METHODS`, variants in the order of the records: *by,
+        A row per method and variant, variants in the order of the records: *by,
         variant, mean, std, seeds and, of what is over the base, difference, low, high (the interval's ends; missing
         below two seeds) and verdict: "base", "better", "worse", "inside the noise", "unchanged" (no seed's number
         differs), "one seed" or "no common seed".
@@ -42,7 +45,7 @@ def differences(
     """
     values = values_of(records, metric=metric, scale=scale, by=(*by, "variant"))
     rows = []
-    groups = sorted(values.groupby(list(by), sort=False), key=lambda pair: _place(by, pair[0]))
+    groups = sorted(values.groupby(list(by), sort=False), key=lambda pair: _place(methods, by, pair[0]))
     for _, own in groups:
         of_base = own[own["variant"] == base].set_index("seed")["value"]
         if of_base.empty:
@@ -56,8 +59,8 @@ def differences(
     return pd.DataFrame(rows).reindex(columns=columns)
 
 
-def _place(by: Sequence[str], key: tuple[Any, ...]) -> list[Any]:
-    return [method_order(value) if name == "method" else value for name, value in zip(by, key, strict=True)]
+def _place(methods: Methods, by: Sequence[str], key: tuple[Any, ...]) -> list[Any]:
+    return [method_order(methods, value) if name == "method" else value for name, value in zip(by, key, strict=True)]
 
 
 def conclusion(table: pd.DataFrame, unit: str, decimals: int = 1) -> str:

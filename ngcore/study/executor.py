@@ -2,85 +2,117 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import queue
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+import itertools
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from ngcore.processes import end_with_parent
-from ngcore.study.runs import Record
+from ngcore.files import write_atomically
+from ngcore.processes import completed, default_workers, pool, until
+from ngcore.study.execution import DEFAULT, Execution, OutOfTime
+from ngcore.study.run import Report
+from ngcore.study.runs import Record, cache_directory
 
-Run = Callable[..., Record]  # (config, on_epoch) -> record
-
-_messages: Any = None  # a worker's way to its parent
+Run = Callable[[Any, Execution, Report], Record]
 
 
 class RunsFailed(RuntimeError):
     """Some runs failed; the others are stored."""
 
 
-def _start_worker(messages: Any, threads: int) -> None:
-    global _messages
-    _messages = messages
-    torch.set_num_threads(threads)
-    end_with_parent()
-
-
-def _execute(run: Run, config: Any) -> Record:
-    return run(config, lambda epoch, scores: _messages.put(scores))
-
-
-def execute_all(run: Run, configs: Sequence[Any], *, workers: int | None = None) -> list[Record]:
-    """The results of many runs, in the order of `configs`.
+def execute_all(
+    run: Run, configs: Sequence[Any], execution: Execution = DEFAULT, executor: Executor | None = None
+) -> list[Record]:
+    """The results of many runs, in the order of `configs`; equal configs are run once.
 
     Independent runs share a CPU best as one single-threaded process per core (the default); on a GPU they take turns.
 
+    Args:
+        run: (config, execution, report) -> record; it and all that it takes and gives can be sent to another process.
+        executor: who runs them, such as a cluster's; None for processes on this machine.
+
     Raises:
         RunsFailed: after all runs have ended; it names every config that failed, and why.
+        OutOfTime: the execution's deadline came first; what is finished is stored.
     """
-    if not configs:
+    different = list(dict.fromkeys(configs))
+    if not different:
         return []
-    gpu = torch.cuda.is_available()
-    workers = min(len(configs), workers or (1 if gpu else torch.get_num_threads()))
-    threads = max(1, torch.get_num_threads() // max(1, workers))
-    context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
-        messages = manager.Queue()
-        with ProcessPoolExecutor(workers, context, _start_worker, (messages, threads)) as pool:
-            futures = {pool.submit(_execute, run, config): i for i, config in enumerate(configs)}
-            try:
-                return _collect(futures, configs, messages)
-            except BaseException:  # the stop button: let go of the runs that wait
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+    if executor is not None:
+        records = _collect(run, different, execution, executor)
+    else:
+        workers = min(len(different), execution.workers or default_workers())
+        threads = max(1, torch.get_num_threads() // workers)
+        with until(execution.deadline), pool(workers, threads) as processes:
+            records = _collect(run, different, execution, processes)
+    by_config = dict(zip(different, records, strict=True))
+    return [by_config[config] for config in configs]
 
 
-def _collect(futures: dict[Future, int], configs: Sequence[Any], messages: Any) -> list[Record]:
+def _collect(run: Run, configs: Sequence[Any], execution: Execution, executor: Executor) -> list[Record]:
     records: dict[int, Record] = {}
-    failures = []
-    reports = 0  # one per epoch, or per outer step of meta-training
-    with tqdm(total=len(configs), desc="runs", unit="run") as bar:
-        waiting = set(futures)
-        while waiting:
-            try:
-                scores = messages.get(timeout=1)
-                reports += 1
-                bar.set_postfix_str(f"{reports} reports, last loss {scores['train_loss']:.3f}")
-            except queue.Empty:
-                pass
-            for future in [future for future in waiting if future.done()]:
-                waiting.remove(future)
-                bar.update()
-                i = futures[future]
-                if future.exception() is None:
-                    records[i] = future.result()
-                else:
-                    failures.append((configs[i], future.exception()))
-    if failures:
-        reasons = "\n".join(f"{config}: {error!r}" for config, error in failures)
-        raise RunsFailed(f"{len(failures)} of {len(configs)} runs failed:\n{reasons}") from failures[0][1]
+    failures: dict[int, BaseException] = {}
+    with Reports() as reports, tqdm(total=len(configs), desc="runs", unit="run") as bar:
+        items = [(run, config, execution, reports.directory / f"{i}.json") for i, config in enumerate(configs)]
+        tick = lambda: bar.set_postfix_str(reports.summary())  # noqa: E731
+        for i, future in completed(_execute, items, len(configs), executor=executor, tick=tick):
+            bar.update()
+            if (error := future.exception()) is None:
+                records[i] = future.result()
+            else:
+                failures[i] = error
+    late = [i for i, error in failures.items() if _is_late(error, execution)]
+    if len(failures) > len(late):
+        wrong = {i: error for i, error in failures.items() if i not in late}
+        reasons = "\n".join(f"{configs[i]}: {error!r}" for i, error in wrong.items())
+        raise RunsFailed(f"{len(wrong)} of {len(configs)} runs failed:\n{reasons}") from next(iter(wrong.values()))
+    if late:
+        raise OutOfTime(f"{len(records)} of {len(configs)} runs are stored, {len(late)} wait for more time")
     return [records[i] for i in range(len(configs))]
+
+
+def _is_late(error: BaseException, execution: Execution) -> bool:
+    """Whether a run did not fail, but was ended by the deadline, at which processes end themselves."""
+    ended = execution.deadline is not None and time.time() >= execution.deadline
+    return isinstance(error, OutOfTime) or (ended and isinstance(error, BrokenProcessPool))
+
+
+def _execute(run: Run, config: Any, execution: Execution, told: Path) -> Record:
+    """In a worker: a run that tells in a small file how far it is."""
+    counter = itertools.count(1)
+
+    def report(epoch: int, scores: Mapping[str, float]) -> None:
+        write_atomically(told, json.dumps({"reports": next(counter), "loss": scores["train_loss"]}))
+
+    return run(config, execution, report)
+
+
+class Reports:
+    """The files in which runs that are under way tell how far they are; they are gone at the end."""
+
+    def __enter__(self) -> Reports:
+        self.directory = cache_directory() / "progress" / f"{socket.gethostname()}-{os.getpid()}"
+        shutil.rmtree(self.directory, ignore_errors=True)
+        self.directory.mkdir(parents=True)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def summary(self) -> str:
+        """Such as "12 reports, last loss 0.693": one per epoch, or per outer step of meta-training."""
+        files = sorted(self.directory.glob("[0-9]*.json"), key=lambda path: path.stat().st_mtime)
+        if not files:
+            return ""
+        told = [json.loads(path.read_text()) for path in files]
+        return f"{sum(one['reports'] for one in told)} reports, last loss {told[-1]['loss']:.3f}"

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import matplotlib
@@ -22,27 +24,12 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
 from ngcore.files import write_atomically
+from ngcore.study.methods import Methods, method_order
 from ngcore.study.runs import output_directory
-from ngcore.study.tables import method_order
 
 # Without dates and program versions, the same figure is the same file.
 _METADATA = {"pdf": {"CreationDate": None, "Producer": None, "Creator": None}, "png": {"Software": None}}
-# Position in the colour-blind palette, by method: those that meet in one figure differ.
-_COLOURS = {
-    **{
-        "NG-GNN": 0,
-        "NG-T": 3,
-        "DWSNet": 2,
-        "NFN": 4,
-        "NFN_HNP": 4,
-        "NFN_NP": 8,
-        "DWSNet_mean": 9,
-        "MLP": 7,
-        "SetNN": 1,
-        "StatNN": 9,
-    },
-    **{"Adam": 7, "FF": 2, "LSTM": 9},
-}
+_NONE: Methods = MappingProxyType({})
 _LINES = ("solid", "dashed", "dashdot", "dotted")
 _MARKERS = ("o", "s", "^", "D")
 
@@ -84,42 +71,48 @@ def save_figure(fig: Figure, directory: Path, name: str) -> None:
         write_atomically(directory / f"{name}.{suffix}", buffer.getvalue())
 
 
-def probe_curve(
-    table: pd.DataFrame,
-    ax: Axes,
-    *,
-    curves: Sequence[str] = ("NG-GNN", "NG-T"),
-    ylabel: str = "Test accuracy (%)",
-) -> None:
-    """Metric against the number of probe features (paper, figure 2): ours solid, the paper's faint dashes.
+def probe_curve(table: pd.DataFrame, ax: Axes, *, ylabel: str = "Test accuracy (%)", methods: Methods = _NONE) -> None:
+    """Metric against the number of probe features (paper, figure 2): ours solid, the paper's, if any, faint dashes.
+
+    Methods that take probe features are drawn along them, with error bars of one standard deviation over seeds; any
+    other is a horizontal line. What a method that is not among `methods` takes is seen from its rows.
 
     Args:
-        table: one data set of `beside_published`; columns method, probes, mean, std, paper_mean.
-        curves: methods drawn along the probe features, with error bars of one standard deviation over seeds.
-            Any other method is a horizontal line.
+        table: one data set of `summarize` or `beside_published`; columns method, probes, mean, std, perhaps paper_mean.
     """
+    names = list(table["method"].unique())
+    curves = [name for name in names if _takes_probes(methods, name, table[table["method"] == name]["probes"])]
     probes = sorted(table.loc[table["method"].isin(curves), "probes"].unique())
-    for method in table["method"].unique():
-        rows, colour = table[table["method"] == method], _colour(method)
-        if method in curves:
-            x = rows["probes"].map(probes.index)
-            marker = _MARKERS[curves.index(method) % len(_MARKERS)]
-            ax.errorbar(x, rows["mean"], rows["std"].fillna(0), color=colour, marker=marker, capsize=3, label=method)
-            ax.plot(x, rows["paper_mean"], color=colour, marker=marker, linestyle="dashed", alpha=0.4)
+    has_paper = "paper_mean" in table and table["paper_mean"].notna().any()
+    paper = table["paper_mean"] if has_paper else pd.Series(np.nan, table.index)
+    for i, name in enumerate(names):
+        rows, colour = table[table["method"] == name], _colour(methods, name, i)
+        if name in curves:
+            x, marker = rows["probes"].map(probes.index), _MARKERS[curves.index(name) % len(_MARKERS)]
+            ax.errorbar(x, rows["mean"], rows["std"].fillna(0), color=colour, marker=marker, capsize=3, label=name)
+            ax.plot(x, paper[rows.index], color=colour, marker=marker, linestyle="dashed", alpha=0.4)
         else:
-            ax.axhline(rows["mean"].iloc[0], color=colour, label=method)
-            ax.axhline(rows["paper_mean"].iloc[0], color=colour, linestyle="dashed", alpha=0.4)
+            ax.axhline(rows["mean"].iloc[0], color=colour, label=name)
+            ax.axhline(paper[rows.index].iloc[0], color=colour, linestyle="dashed", alpha=0.4)
     ax.set_xticks(range(len(probes)), [str(count) for count in probes])
     ax.set_xlabel("Number of probe features")
     ax.set_ylabel(ylabel)
     handles, _ = ax.get_legend_handles_labels()
-    paper = Line2D([], [], color="grey", linestyle="dashed", alpha=0.6, label="paper")
-    ax.legend(handles=[*handles, paper], loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    if has_paper:
+        handles.append(Line2D([], [], color="grey", linestyle="dashed", alpha=0.6, label="paper"))
+    ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
-def _colour(method: str) -> tuple[float, float, float]:
-    """A method's colour, the same in every figure; dark grey for a method that has none of its own."""
-    return sns.color_palette("colorblind", 10)[_COLOURS[method]] if method in _COLOURS else (0.3, 0.3, 0.3)
+def _takes_probes(methods: Methods, name: str, probes: pd.Series) -> bool:
+    return methods[name].probes if name in methods else bool(probes.any())
+
+
+def _colour(methods: Methods, name: str, place: int | None = None) -> tuple[float, float, float]:
+    """A method's colour, the same in every figure. An unknown one has the colour of its place in the figure, if any;
+    others are dark grey."""
+    palette = sns.color_palette("colorblind", 10)
+    position = methods[name].colour if name in methods else None if place is None else place % len(palette)
+    return (0.3, 0.3, 0.3) if position is None else palette[position]
 
 
 def training_curves(
@@ -129,6 +122,7 @@ def training_curves(
     *,
     scale: int | float = 1,
     ylabel: str | None = None,
+    methods: Methods = _NONE,
 ) -> None:
     """A quantity against the epoch: mean over seeds, with a band of one standard deviation.
 
@@ -145,7 +139,7 @@ def training_curves(
         key = record["config"]["method"], record["config"].get("probes", 0)
         groups.setdefault(key, []).append(record["metrics"][quantity])
     counts = sorted({probes for _, probes in groups})
-    for method, probes in sorted(groups, key=lambda key: (method_order(key[0]), key[1])):
+    for method, probes in sorted(groups, key=lambda key: (method_order(methods, key[0]), key[1])):
         curves = groups[method, probes]
         if len({len(curve) for curve in curves}) > 1:
             lengths = ", ".join(str(len(curve)) for curve in curves)
@@ -155,8 +149,8 @@ def training_curves(
         line = _LINES[counts.index(probes) % len(_LINES)]
         label = f"{method}, {probes} probes" if probes else method
         marker = "o" if len(epochs) == 1 else None  # a line of one point would not be seen
-        ax.plot(epochs, mean, color=_colour(method), linestyle=line, marker=marker, label=label)
-        _band(ax, epochs, values, method)
+        ax.plot(epochs, mean, color=_colour(methods, method), linestyle=line, marker=marker, label=label)
+        _band(ax, epochs, values, _colour(methods, method))
     ax.set_xlabel("Epoch")
     ax.set_xlim(0.5, len(epochs) + 0.5)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -164,11 +158,11 @@ def training_curves(
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
-def _band(ax: Axes, x: ArrayLike, values: np.ndarray, method: str) -> None:
+def _band(ax: Axes, x: ArrayLike, values: np.ndarray, colour: tuple[float, float, float]) -> None:
     """One standard deviation around the mean of several seeds' curves, (seeds, points)."""
     if len(values) > 1:
         mean, deviation = values.mean(axis=0), values.std(axis=0, ddof=1)
-        ax.fill_between(x, mean - deviation, mean + deviation, color=_colour(method), alpha=0.15, lw=0)
+        ax.fill_between(x, mean - deviation, mean + deviation, color=colour, alpha=0.15, lw=0)
 
 
 def step_curves(
@@ -181,6 +175,7 @@ def step_curves(
     scale: int | float = 1,
     ylabel: str,
     xlabel: str = "Step",
+    methods: Methods = _NONE,
 ) -> None:
     """A quantity against the step, a line per method: mean over seeds, with a band of one standard deviation.
 
@@ -196,8 +191,8 @@ def step_curves(
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for record in records:
         groups.setdefault(record["config"]["method"], []).append(record["metrics"])
-    for method in sorted(groups, key=method_order):
-        metrics = groups[method]
+    for method in sorted(groups, key=partial(method_order, methods)):
+        metrics, colour = groups[method], _colour(methods, method)
         if len({len(own[quantity]) for own in metrics}) > 1:
             raise ValueError(f"{quantity!r} of {method} has a different number of steps by seed: draw them apart")
         values = scale * np.array([own[quantity] for own in metrics])
@@ -206,14 +201,14 @@ def step_curves(
         values = values[:, :whole].reshape(len(values), -1, window).mean(axis=2)
         steps = steps[window - 1 : whole : window]
         marker = "o" if len(steps) == 1 else None
-        ax.plot(steps, values.mean(axis=0), color=_colour(method), marker=marker, label=method)
-        _band(ax, steps, values, method)
+        ax.plot(steps, values.mean(axis=0), color=colour, marker=marker, label=method)
+        _band(ax, steps, values, colour)
     ax.set_xlabel(xlabel)
     ax.set_ylabel(ylabel)
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
-def variants(table: pd.DataFrame, ax: Axes, *, xlabel: str) -> None:
+def variants(table: pd.DataFrame, ax: Axes, *, xlabel: str, methods: Methods = _NONE) -> None:
     """How far every variant is from the base, which stands at 0: a row per variant, a point per method.
 
     Args:
@@ -221,37 +216,40 @@ def variants(table: pd.DataFrame, ax: Axes, *, xlabel: str) -> None:
         xlabel: should say what the bars are.
     """
     names = list(dict.fromkeys(table["variant"]))
-    methods = sorted(table["method"].unique(), key=method_order)
-    for i, method in enumerate(methods):
+    shown = sorted(table["method"].unique(), key=partial(method_order, methods))
+    for i, method in enumerate(shown):
         rows = table[table["method"] == method]
-        shift = 0.5 * (i - (len(methods) - 1) / 2) / len(methods)
+        shift = 0.5 * (i - (len(shown) - 1) / 2) / len(shown)
         x, y = rows["difference"].mask(rows["verdict"] == "base", 0.0), rows["variant"].map(names.index) + shift
         bars = [(x - rows["low"]).fillna(0), (rows["high"] - x).fillna(0)]
         marker = _MARKERS[i % len(_MARKERS)]
-        ax.errorbar(x, y, xerr=bars, color=_colour(method), marker=marker, linestyle="", capsize=3, label=method)
+        colour = _colour(methods, method)
+        ax.errorbar(x, y, xerr=bars, color=colour, marker=marker, linestyle="", capsize=3, label=method)
     ax.axvline(0, color="0.4", linestyle="dotted", zorder=0)
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.xaxis.set_major_locator(MaxNLocator(5))
     ax.set_xlabel(xlabel)
-    if len(methods) > 1:
+    if len(shown) > 1:
         ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
-def loss_curves(records: Sequence[Mapping[str, Any]], axes: Sequence[Axes] | np.ndarray) -> None:
+def loss_curves(
+    records: Sequence[Mapping[str, Any]], axes: Sequence[Axes] | np.ndarray, methods: Methods = _NONE
+) -> None:
     """Left, training (dashed) and test loss (solid) along the epochs, means over seeds; right, one against the other.
 
     Args:
-        records: of `tasks.loss_curves`.
+        records: whose metrics `fitted` and `tested` are the two losses after every epoch.
     """
-    methods: dict[str, list[Mapping[str, Any]]] = {}
-    for record in sorted(records, key=lambda record: method_order(record["config"]["method"])):
+    rows: dict[str, list[Mapping[str, Any]]] = {}
+    for record in sorted(records, key=lambda record: method_order(methods, record["config"]["method"])):
         probes = record["config"]["probes"]
         name = f"{record['config']['method']}, {probes} probes" if probes else record["config"]["method"]
-        methods.setdefault(name, []).append(record)
+        rows.setdefault(name, []).append(record)
     along, against = axes
-    for i, (name, own) in enumerate(methods.items()):
-        colour, marker = _colour(own[0]["config"]["method"]), _MARKERS[i % len(_MARKERS)]
+    for i, (name, own) in enumerate(rows.items()):
+        colour, marker = _colour(methods, own[0]["config"]["method"]), _MARKERS[i % len(_MARKERS)]
         for quantity, line in (("tested", "solid"), ("fitted", "dashed")):
             mean = np.mean([record["metrics"][quantity] for record in own], axis=0)
             label = f"{name}: {'test' if quantity == 'tested' else 'training'}"
@@ -268,20 +266,19 @@ def loss_curves(records: Sequence[Mapping[str, Any]], axes: Sequence[Axes] | np.
         ax.legend()
 
 
-def curves(table: pd.DataFrame, ax: Axes, quantity: str, *, xlabel: str, ylabel: str) -> None:
+def curves(table: pd.DataFrame, ax: Axes, quantity: str, *, xlabel: str, ylabel: str, methods: Methods = _NONE) -> None:
     """The mean of every method against a quantity on a logarithmic axis of base 2, with one standard deviation.
 
     Args:
         table: of `summarize`; columns method, `quantity`, mean, std. What is no known method is coloured by its order.
     """
-    palette = sns.color_palette("colorblind", 10)
     for i, method in enumerate(table["method"].unique()):
         rows = table[table["method"] == method].sort_values(quantity)
         ax.errorbar(
             rows[quantity],
             rows["mean"],
             rows["std"].fillna(0),
-            color=_colour(method) if method in _COLOURS else palette[i % len(palette)],
+            color=_colour(methods, method, i),
             marker=_MARKERS[i % len(_MARKERS)],
             capsize=3,
             label=method,
@@ -325,7 +322,10 @@ def histograms(values: Mapping[str, Sequence[float]], *, xlabel: str, ylabel: st
 
 
 def predicted_against_true(
-    rows: Mapping[str, tuple[ArrayLike, ArrayLike]], axes: Sequence[Axes] | np.ndarray, quantity: str
+    rows: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    axes: Sequence[Axes] | np.ndarray,
+    quantity: str,
+    methods: Methods = _NONE,
 ) -> None:
     """Predictions against what is true, a panel per method; on the dashed line both are the same.
 
@@ -336,7 +336,8 @@ def predicted_against_true(
     high = max(np.max(values) for pair in rows.values() for values in pair)
     for (method, (predicted, true)), ax in zip(rows.items(), axes, strict=True):
         ax.plot([low, high], [low, high], color="grey", linestyle="dashed", zorder=1)
-        ax.scatter(true, predicted, s=6, alpha=0.5, color=_colour(method), linewidths=0, zorder=2, rasterized=True)
+        colour = _colour(methods, method)
+        ax.scatter(true, predicted, s=6, alpha=0.5, color=colour, linewidths=0, zorder=2, rasterized=True)
         ax.set(title=method, xlabel=f"True {quantity}", aspect="equal")
     axes[0].set_ylabel(f"Predicted {quantity}")
 

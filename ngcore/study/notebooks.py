@@ -18,18 +18,8 @@ from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from papermill.exceptions import PapermillExecutionError
 
 from ngcore.files import write_atomically
-from ngcore.study.profiles import (
-    ProfileError,
-    declared_parameters,
-    find_notebooks,
-    load_profile,
-    parameters_for,
-)
+from ngcore.study.profiles import NotebookError, declared_parameters, plan_notebooks
 from ngcore.study.runs import ROOT, output_directory
-
-
-class NotebookError(RuntimeError):
-    """A notebook stopped at a cell that failed."""
 
 
 def execute(profile: str, only: Sequence[str] | None = None, train: bool = True, root: Path = ROOT) -> dict[str, float]:
@@ -49,12 +39,14 @@ def execute(profile: str, only: Sequence[str] | None = None, train: bool = True,
         ProfileError: unknown profile, notebook number or parameter.
         NotebookError: a cell failed.
     """
-    plan = _plan(profile, only, train, root / "notebooks")
+    plan = plan_notebooks(profile, only, root / "notebooks")
     directory = output_directory() / "executed" / profile
     directory.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = {}
     try:
-        for notebook, parameters in plan:
+        for notebook, parameters in plan.items():
+            if not train and "train" in declared_parameters(notebook):
+                parameters["train"] = False
             start = time.perf_counter()
             try:
                 _execute_one(notebook, parameters, directory)
@@ -64,23 +56,6 @@ def execute(profile: str, only: Sequence[str] | None = None, train: bool = True,
         for name, duration in seconds.items():
             print(f"{name:<40} {duration:8.1f} s")
     return seconds
-
-
-def _plan(profile: str, only: Sequence[str] | None, train: bool, directory: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """Which notebooks to execute, with which parameters."""
-    notebooks = find_notebooks(directory)
-    unknown = [number for number in only or () if number not in notebooks]
-    if unknown:
-        raise ProfileError(f"no notebook has the number {', '.join(unknown)}; there are: {', '.join(notebooks)}")
-    values = load_profile(profile, directory / "profiles")
-    plan = []
-    for number, notebook in notebooks.items():
-        if only is None or number in only:
-            parameters = parameters_for(notebook, values)
-            if not train and "train" in declared_parameters(notebook):
-                parameters["train"] = False
-            plan.append((notebook, parameters))
-    return plan
 
 
 def _execute_one(notebook: Path, parameters: dict[str, Any], directory: Path) -> None:

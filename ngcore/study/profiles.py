@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import yaml
 
 
 class ProfileError(ValueError):
     """A profile that does not exist, or that does not fit the notebooks."""
+
+
+class NotebookError(RuntimeError):
+    """A notebook stopped at a cell that failed."""
 
 
 def find_notebooks(directory: Path) -> dict[str, Path]:
@@ -54,18 +58,23 @@ def load_profile(name: str, directory: Path) -> dict[str, dict[str, Any]]:
         raise ProfileError(f"{path} must map notebook numbers to parameters, but holds {content!r}")
     notebooks = find_notebooks(directory.parent)
     for number, parameters in content.items():
-        if number not in notebooks:
-            known = ", ".join(f'"{known}"' for known in notebooks) or "none"
-            raise ProfileError(f"{path}: there is no notebook {number!r}; numbers, in quotes: {known}")
-        if not isinstance(parameters, dict):
-            raise ProfileError(f'{path}: "{number}" must map parameters to values, but holds {parameters!r}')
-        for parameter, value in parameters.items():
-            bare = [key for key in _keys(value) if not isinstance(key, str)]
-            if bare:
-                raise ProfileError(
-                    f'{path}: "{number}", {parameter}: put keys in quotes (papermill makes strings of them): {bare}'
-                )
+        _check(number, parameters, notebooks, path)
     return {number: {**content.get(number, {}), "profile": name} for number in notebooks}
+
+
+def _check(number: Any, parameters: Any, notebooks: Mapping[str, Path], path: Path) -> None:
+    """Raise a ProfileError for an entry that is of no notebook, is no mapping or has keys that are no strings."""
+    if number not in notebooks:
+        known = ", ".join(f'"{known}"' for known in notebooks) or "none"
+        raise ProfileError(f"{path}: there is no notebook {number!r}; numbers, in quotes: {known}")
+    if not isinstance(parameters, dict):
+        raise ProfileError(f'{path}: "{number}" must map parameters to values, but holds {parameters!r}')
+    for parameter, value in parameters.items():
+        bare = [key for key in _keys(value) if not isinstance(key, str)]
+        if bare:
+            raise ProfileError(
+                f'{path}: "{number}", {parameter}: put keys in quotes (papermill makes strings of them): {bare}'
+            )
 
 
 def _keys(value: Any) -> list[Any]:
@@ -73,24 +82,28 @@ def _keys(value: Any) -> list[Any]:
     return [k for key, inner in value.items() for k in (key, *_keys(inner))] if isinstance(value, dict) else []
 
 
-def declared_parameters(notebook: Path) -> set[str]:
-    """Names assigned in the notebook's one cell that is tagged `parameters`.
+def declared_parameters(notebook: Path) -> dict[str, Any]:
+    """Names and values in the notebook's one cell that is tagged `parameters`.
 
     Raises:
-        ProfileError: the file is no notebook, or it has no such cell or several.
+        ProfileError: the file is no notebook, it has no such cell or several, or the cell assigns more than literals.
     """
     try:
-        cells = nbformat.read(notebook, as_version=4).cells
-    except nbformat.reader.NotJSONError as error:
-        raise ProfileError(f"{notebook} is no notebook: it does not hold JSON") from error
-    tagged = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", ())]
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ProfileError(f"{notebook} is no notebook: {error!r}") from error
+    tagged = ["".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", ())]
     if len(tagged) != 1:
         raise ProfileError(f"{notebook} has {len(tagged)} cells tagged 'parameters': it needs exactly one")
-    names = set()
+    values = {}
     for statement in ast.parse(tagged[0]).body:
-        targets = getattr(statement, "targets", None) or [getattr(statement, "target", None)]
-        names |= {target.id for target in targets if isinstance(target, ast.Name)}
-    return names
+        try:
+            target = statement.targets[0] if isinstance(statement, ast.Assign) else statement.target
+            values[target.id] = ast.literal_eval(statement.value)
+        except (AttributeError, ValueError) as error:
+            line = f"{notebook}, parameters cell, line {statement.lineno}"
+            raise ProfileError(f"{line}: a parameter is a name with a literal: {ast.unparse(statement)}") from error
+    return values
 
 
 def parameters_for(notebook: Path, profile: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -108,3 +121,21 @@ def parameters_for(notebook: Path, profile: Mapping[str, Mapping[str, Any]]) -> 
         known = ", ".join(sorted(declared))
         raise ProfileError(f"{notebook.name} has no parameter {', '.join(unknown)}; its parameters cell has: {known}")
     return parameters
+
+
+def plan_notebooks(profile: str, only: Sequence[str] | None, directory: Path) -> dict[Path, dict[str, Any]]:
+    """Notebooks of a directory, in order, with the parameters that a profile gives them, all checked.
+
+    Args:
+        only: numbers such as ["01", "03"]; None for all.
+
+    Raises:
+        ProfileError: unknown profile, notebook number or parameter.
+    """
+    notebooks = find_notebooks(directory)
+    unknown = [number for number in only or () if number not in notebooks]
+    if unknown:
+        raise ProfileError(f"no notebook has the number {', '.join(unknown)}; there are: {', '.join(notebooks)}")
+    values = load_profile(profile, directory / "profiles")
+    chosen = [notebook for number, notebook in notebooks.items() if only is None or number in only]
+    return {notebook: parameters_for(notebook, values) for notebook in chosen}

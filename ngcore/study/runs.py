@@ -1,7 +1,11 @@
-"""Runs: a frozen config and a digest of its data, their result stored under a hash of both and found again.
+"""Runs: what a config and a digest of its data give, stored under a hash of both and found again.
 
-`<cache>/runs/<hash>/` holds `result.json` (config, data, metrics per epoch and final, environment), the best weights
-`weights.safetensors`, and while a run is under way its `checkpoint.pt`. Everything is written whole or not at all.
+`<cache>/runs/<hash>/` holds `result.json` (a record: config, identity, data, metrics, environment), the best weights
+`weights.safetensors`, and while a run is under way its `checkpoint.pt` and its `lock`. Everything is written whole or
+not at all.
+
+A run's *identity* is its task and those fields of its config that differ from their defaults: a field that is new, with
+a default that means what was there before, leaves the names of all stored runs as they are. So a default never changes.
 """
 
 from __future__ import annotations
@@ -13,8 +17,9 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +31,9 @@ from torch import Tensor
 
 from ngcore.files import REPOSITORY, write_atomically
 
-ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = Path(__file__).resolve().parents[1]
+ROOT = PACKAGE.parent
+UNCOMMITTED = "-dirty"  # ends the commit of a record that was made by code that was not yet committed
 
 Record = dict[str, Any]
 
@@ -57,6 +64,9 @@ def output_directory() -> Path:
     return Path(os.environ.get("NGCORE_OUTPUT", REPOSITORY or Path.cwd()))
 
 
+# Names
+
+
 def tensor_digest(tensors: Iterable[Tensor]) -> str:
     """A hash of the tensors' shapes and bytes."""
     digest = hashlib.sha256()
@@ -66,29 +76,97 @@ def tensor_digest(tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def run_hash(config: Mapping[str, Any], data: str) -> str:
-    """The name of a run: a hash of its config's fields and of the digest of its data."""
-    text = json.dumps({"config": config, "data": data}, sort_keys=True)
+def identity(config: Any) -> dict[str, Any]:
+    """What a config is: its task and what differs from the defaults, as JSON has it."""
+    return json.loads(json.dumps({"task": config.task} | _distinct(config)))
+
+
+def _distinct(value: Any) -> Any:
+    """A value in which of every dataclass only the fields stand that differ from their default."""
+    if isinstance(value, tuple | list):
+        return [_distinct(item) for item in value]
+    if not is_dataclass(value):
+        return value
+    own = {field.name: (getattr(value, field.name), field) for field in fields(value)}
+    return {name: _distinct(item) for name, (item, field) in own.items() if not _is_default(item, field)}
+
+
+def _is_default(value: Any, field: Any) -> bool:
+    default = field.default if field.default_factory is MISSING else field.default_factory()
+    return default is not MISSING and value == default
+
+
+def run_hash(identity: Mapping[str, Any], data: str) -> str:
+    """The name of a run: a hash of its identity and of the digest of its data."""
+    text = json.dumps({"identity": identity, "data": data}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# Records
+
+
+def make_record(
+    config: Mapping[str, Any],
+    identity: Mapping[str, Any],
+    data: str,
+    metrics: Mapping[str, Any],
+    environment: Mapping[str, Any],
+) -> Record:
+    """What is kept of a run, under the name that its identity and data give it; as it will be read again from JSON."""
+    record = {
+        "hash": run_hash(identity, data),
+        "config": config,
+        "identity": identity,
+        "data": data,
+        "metrics": metrics,
+        "environment": environment,
+    }
+    return json.loads(json.dumps(record))  # JSON knows no tuples
+
+
+def write_record(record: Record, path: Path) -> None:
+    write_atomically(path, json.dumps(record, indent=1))
 
 
 def read_record(path: Path) -> Record:
     """A stored result, checked against its own name.
 
     Raises:
-        RunError: the file is unreadable or its config and data do not hash to the run that it is stored as.
+        RunError: the file is unreadable or its identity and data do not hash to the run that it is stored as.
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        name, found = record["hash"], run_hash(record["config"], record["data"])
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        name, found = record["hash"], run_hash(record["identity"], record["data"])
+        consistent = _is_part(record["identity"], record["config"])
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
         raise RunError(f"{path} is not a stored run ({error!r}); delete it and run again") from error
-    if found != name or name not in (path.stem, path.parent.name):
+    if found != name or name not in (path.stem, path.parent.name) or not consistent:
         raise RunError(
-            f"{path}: config and data hash to {found}, but the run is stored as {name}: the file was altered or "
-            "renamed; delete it and run again"
+            f"{path}: its config, identity and data are not those of the run {name} (they hash to {found}): the file "
+            "was altered or renamed; delete it and run again"
         )
     return record
+
+
+def _is_part(identity: Any, config: Any) -> bool:
+    """Whether every field of an identity stands in the config."""
+    if isinstance(identity, dict):
+        return isinstance(config, dict) and all(k in config and _is_part(v, config[k]) for k, v in identity.items())
+    if isinstance(identity, list):
+        return len(identity) == len(config) and all(map(_is_part, identity, config))
+    return identity == config
+
+
+def read_records(directory: Path) -> list[Record]:
+    """Every record of a directory.
+
+    Raises:
+        RunError: one is damaged.
+    """
+    return [read_record(path) for path in sorted(directory.glob("*.json"))]
+
+
+# The store
 
 
 @dataclass(frozen=True)
@@ -97,13 +175,14 @@ class StoredRun:
 
     directory: Path
     config: Mapping[str, Any]
+    identity: Mapping[str, Any]
     data: str
 
     @staticmethod
     def of(config: Any, data: str, cache: Path) -> StoredRun:
         """The place of a dataclass config on data of this digest."""
-        fields = asdict(config)
-        return StoredRun(cache / "runs" / run_hash(fields, data), fields, data)
+        own = identity(config)
+        return StoredRun(cache / "runs" / run_hash(own, data), asdict(config), own, data)
 
     def result(self) -> Record | None:
         """The stored result, None if the run has not finished."""
@@ -141,48 +220,71 @@ class StoredRun:
         """Store the result, weights first: a run with a result is complete."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
         write_atomically(self.directory / "weights.safetensors", safetensors.torch.save(tensors))
-        record = {
-            "hash": self.directory.name,
-            "config": dict(self.config),
-            "data": self.data,
-            "metrics": metrics,
-            "environment": environment,
-        }
-        text = json.dumps(record, indent=1)
-        write_atomically(self.directory / "result.json", text)
+        record = make_record(self.config, self.identity, self.data, metrics, environment)
+        write_record(record, self.directory / "result.json")
         (self.directory / "checkpoint.pt").unlink(missing_ok=True)
-        return json.loads(text)  # as it will be read again: JSON knows no tuples
+        return record
+
+
+# What made a record
 
 
 def environment(device: str) -> dict[str, Any]:
-    """What a number depends on beside its config: versions, machine, commit."""
+    """What a number depends on beside its config: versions, machine, code."""
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU ({os.cpu_count()} cores)"
     return {
         "device": name,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": _commit(),
+        "commit": commit(),
+        "sources": sources_digest(),
     }
 
 
-def _commit() -> str:
-    """The checkout's commit, "unknown" outside of one."""
+@cache  # a process runs the code that it has imported, whatever is committed later
+def commit(package: Path = PACKAGE) -> str:
+    """The checkout's commit, followed by "-dirty" where the package itself was changed since; "unknown" outside."""
     if shutil.which("git") is None:
         return "unknown"
-    command = ["git", "describe", "--always", "--dirty"]
-    described = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return described.stdout.strip() or "unknown"
+    name = _git(package, "rev-parse", "--short", "HEAD")
+    if not name:
+        return "unknown"
+    return name + (UNCOMMITTED if _git(package, "status", "--porcelain", "--", ".") else "")
+
+
+def _git(directory: Path, *arguments: str) -> str:
+    found = subprocess.run(["git", *arguments], cwd=directory, capture_output=True, text=True, check=False)
+    return found.stdout.strip()
+
+
+@cache
+def sources_digest(package: Path = PACKAGE) -> str:
+    """A hash of the package's Python files and of where they are in it."""
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+# Records for all to see
 
 
 def publish(records: Sequence[Record], directory: Path) -> None:
     """Keep the small records behind tables and figures as `<hash>.json`, in place of earlier ones.
 
-    Earlier records of the same tasks and data sets go: a table never mixes the runs of two settings.
+    Earlier records of the same tasks and data sets go: a table never mixes the runs of two settings. Where some records
+    of a task and data set come from code that was not committed, which nobody could find again, none is kept and the
+    earlier ones stay; one line says so.
     """
-    for record in records:
-        write_atomically(directory / f"{record['hash']}.json", json.dumps(record, indent=1))
-    names = {record["hash"] for record in records}
-    subjects = {_subject(record) for record in records}
+    uncommitted = [record for record in records if record["environment"]["commit"].endswith(UNCOMMITTED)]
+    if uncommitted:
+        left_out = sorted({" on ".join(_subject(record)) for record in uncommitted})
+        print(f"not published: {', '.join(left_out)}: {len(uncommitted)} of the runs are of code that is not committed")
+    skipped = {_subject(record) for record in uncommitted}
+    kept = [record for record in records if _subject(record) not in skipped]
+    for record in kept:
+        write_record(record, directory / f"{record['hash']}.json")
+    names, subjects = {record["hash"] for record in kept}, {_subject(record) for record in kept}
     for path in directory.glob("*.json"):
         if path.stem not in names and _subject(read_record(path)) in subjects:
             path.unlink()
@@ -192,26 +294,15 @@ def _subject(record: Record) -> tuple[str, str]:
     return record["config"]["task"], record["config"]["dataset"]
 
 
-def published(directory: Path, task: str, dataset: str | None = None) -> list[Record]:
-    """Every record of a task, or of a task on one data set, that `publish` left in a directory.
+def published(directory: Path, tasks: Collection[str]) -> list[Record]:
+    """Every record of some tasks that `publish` left in a directory.
 
     Raises:
         RunError: there is none, or one is damaged.
     """
-    found = [
-        record
-        for record in read_records(directory)
-        if record["config"]["task"] == task and dataset in (None, record["config"]["dataset"])
-    ]
+    found = [record for record in read_records(directory) if record["config"]["task"] in tasks]
     if not found:
-        raise RunError(f"{directory} holds no stored runs of {task}: run the notebook with train = True first")
+        raise RunError(
+            f"{directory} holds no stored runs of {', '.join(tasks)}: run the notebook with train = True first"
+        )
     return found
-
-
-def read_records(directory: Path) -> list[Record]:
-    """Every record of a directory.
-
-    Raises:
-        RunError: one is damaged.
-    """
-    return [read_record(path) for path in sorted(directory.glob("*.json"))]

@@ -7,58 +7,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
 import yaml
 
 from ngcore.files import SHIPPED, write_atomically
+from ngcore.study.methods import Methods, method_order
 
 REPORTED = SHIPPED / "reported.yaml"
 
-# In the papers' order, weakest idea first; other methods follow in alphabetical order.
-METHODS = (
-    *("no edit", "MLP", "SetNN", "StatNN", "Adam", "FF", "LSTM", "DWSNet", "DWSNet_mean", "NFN", "NFN_HNP", "NFN_NP"),
-    *("NG-GNN", "NG-GNN_Fourier", "NG-GNN_without", "NG-T", "NG-T_without"),
-)
-
+_NUMBERS = ("mean", "paper_mean", "difference")  # though they are shown with their deviations or intervals
 _HEADINGS = {
     "dataset": "Data set",
-    "method": "Method",
     "probes": "Probe features",
-    "networks": "Networks",
-    "edit": "Edit",
-    "loss": "Loss",
-    "trained_on": "Trained on",
-    "tested_on": "Tested on",
-    "split": "Trained on",
-    "target": "Target",
-    "variation": "Variation",
-    "variant": "Variant",
     "difference": "Difference, 95 % interval",
-    "verdict": "Verdict",
-    "noise": "Description",
-    "changed": "Networks changed",
-    "train": "Training INRs",
-    "epochs": "Epochs",
-    "other": "Other method",
-    "step_ms": "Step (ms)",
-    "of_task": "Share of the network's pass",
-    "of_adam": "Steps of Adam",
-    "step_mb": "Memory of a step (MB)",
-    "state_mb": "State (MB)",
     "mean": "Ours",
-    "seeds": "Seeds",
     "paper_mean": "Paper",
-}
-
-# Columns of words, which stand at the left, and those whose every combination has a best value of its own.
-_WORDS = (
-    *("dataset", "method", "loss", "trained_on", "tested_on", "split", "target", "variation", "variant", "verdict"),
-    *("noise", "other"),
-)
-_APART = ("dataset", "split", "tested_on", "target", "variation")
+}  # of other columns their own names
 
 _LATEX = {
     **{character: f"\\{character}" for character in "&%$#_{}"},
@@ -81,16 +50,18 @@ def summarize(
     metric: str,
     scale: int | float = 1,
     by: Sequence[str] = ("dataset", "method", "probes"),
+    methods: Methods = MappingProxyType({}),
 ) -> pd.DataFrame:
     """Mean and standard deviation of a metric over seeds.
 
     Args:
         metric: a name in the records' metrics that holds one number.
         scale: factor from the stored unit to the table's, such as 100 for per cent.
-        by: names in the records' configs that tell the rows apart.
+        by: names in the records' configs that distinguish the rows.
+        methods: whose order the rows take; others follow by name.
 
     Returns:
-        A row per distinct `by`, ordered (methods as in `METHODS`), with columns *by, mean, std, seeds. `std`
+        A row per distinct `by`, ordered, with columns *by, mean, std, seeds. `std`
         is the sample standard deviation (divisor seeds - 1; the papers do not say which is theirs), missing
         for a single seed.
 
@@ -100,7 +71,11 @@ def summarize(
     rows = values_of(records, metric=metric, scale=scale, by=by)
     table = rows.groupby(list(by), dropna=False)["value"].agg(["mean", "std", "count"]).reset_index()
     table = table.rename(columns={"count": "seeds"})
-    return table.sort_values(list(by), key=_order, ignore_index=True)
+
+    def place(column: pd.Series) -> pd.Series:
+        return column.map(partial(method_order, methods)) if column.name == "method" else column
+
+    return table.sort_values(list(by), key=place, ignore_index=True)
 
 
 def values_of(
@@ -130,18 +105,6 @@ def _row(record: Mapping[str, Any], metric: str, by: Sequence[str]) -> dict[str,
     if not math.isfinite(value):
         raise ValueError(f"metric {metric!r} is {value} in the run {dict(config)}: it cannot enter a mean")
     return {**{name: config[name] for name in by}, "seed": config["seed"], "value": value}
-
-
-def _order(column: pd.Series) -> pd.Series:
-    """Sort key of a column."""
-    if column.name != "method":
-        return column
-    return column.map(method_order)
-
-
-def method_order(method: str) -> tuple[int, str]:
-    """Sort key that puts methods in the order of `METHODS`, others after them by name."""
-    return METHODS.index(method) if method in METHODS else len(METHODS), method
 
 
 def load_reported(path: Path = REPORTED) -> dict[str, Any]:
@@ -214,19 +177,31 @@ def write_table(
     decimals: int = 1,
     lower_is_better: bool = False,
     best: bool = True,
+    apart: Sequence[str] = ("dataset",),
+    headings: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Write `name.csv` (six significant digits), `name.tex` (booktabs) and `name.md` into `directory`.
 
-    In LaTeX and Markdown a value is "mean ± std" with `decimals` digits; of each data set (split, target) the
-    best of ours and the best of the paper's are bold, unless `best` is False. The caption should state the scale:
-    see `describe_scale`.
+    In LaTeX and Markdown a value is "mean ± std" with `decimals` digits. The caption should state the scale: see
+    `describe_scale`.
+
+    Args:
+        best: make the best of ours and of the paper's bold, among the rows that agree in the columns `apart`.
+        headings: of columns that are not called by their names; numbers stand at the right.
     """
     text = _as_text(table, decimals)
-    bold = _best(table, decimals, lower_is_better) if best else table.map(lambda _: False)
+    bold = _best(table, decimals, lower_is_better, apart) if best else table.map(lambda _: False)
+    words = [name for name in text if name not in _NUMBERS and not pd.api.types.is_numeric_dtype(table[name])]
+    titles = [(_HEADINGS | dict(headings)).get(name, _title(name)) for name in text]
     directory.mkdir(parents=True, exist_ok=True)
     write_atomically(directory / f"{name}.csv", table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
-    write_atomically(directory / f"{name}.tex", _latex(text, bold, name, caption))
-    write_atomically(directory / f"{name}.md", _markdown(text, bold, caption))
+    write_atomically(directory / f"{name}.tex", _latex(text, bold, titles, words, name, caption))
+    write_atomically(directory / f"{name}.md", _markdown(text, bold, titles, words, caption))
+
+
+def _title(name: str) -> str:
+    """Such as "Tested on" of "tested_on"."""
+    return str(name).replace("_", " ").capitalize()
 
 
 def _as_text(table: pd.DataFrame, decimals: int) -> pd.DataFrame:
@@ -253,24 +228,24 @@ def _with_interval(mean: float, low: float, high: float, decimals: int) -> str:
     return f"{mean:+.{decimals}f}" + ("" if pd.isna(low) else f" ({low:+.{decimals}f} to {high:+.{decimals}f})")
 
 
-def _best(table: pd.DataFrame, decimals: int, lower_is_better: bool) -> pd.DataFrame:
-    """True where a mean is its data set's best; equal as displayed is equal."""
+def _best(table: pd.DataFrame, decimals: int, lower_is_better: bool, apart: Sequence[str]) -> pd.DataFrame:
+    """True where a mean is the best among the rows that agree in `apart`; equal as displayed is equal."""
     best = pd.DataFrame(False, index=table.index, columns=table.columns)
     for column in table.columns.intersection(["mean", "paper_mean"]):
         shown = table[column].round(decimals)
-        apart = [table[name] for name in _APART if name in table]
-        rows = shown.groupby(apart or (lambda _: 0))
+        groups = [table[name] for name in apart if name in table]
+        rows = shown.groupby(groups or (lambda _: 0))
         best[column] = shown == rows.transform("min" if lower_is_better else "max")
     return best
 
 
-def _latex(text: pd.DataFrame, bold: pd.DataFrame, name: str, caption: str) -> str:
+def _latex(text: pd.DataFrame, bold: pd.DataFrame, titles: list[str], words: list[str], name: str, caption: str) -> str:
     def cell(row: int, column: str) -> str:
         value = _escape_latex(text.at[row, column])
         return rf"\textbf{{{value}}}" if bold.at[row, column] else value
 
     rows = [" & ".join(cell(row, column) for column in text) + r" \\" for row in text.index]
-    alignment = "".join("l" if column in _WORDS else "r" for column in text)
+    alignment = "".join("l" if column in words else "r" for column in text)
     lines = [
         r"\begin{table}",
         r"\centering",
@@ -278,7 +253,7 @@ def _latex(text: pd.DataFrame, bold: pd.DataFrame, name: str, caption: str) -> s
         rf"\label{{tab:{name}}}",
         rf"\begin{{tabular}}{{{alignment}}}",
         r"\toprule",
-        " & ".join(_escape_latex(_HEADINGS.get(column, column)) for column in text) + r" \\",
+        " & ".join(map(_escape_latex, titles)) + r" \\",
         r"\midrule",
         *rows,
         r"\bottomrule",
@@ -292,14 +267,14 @@ def _escape_latex(text: str) -> str:
     return "".join(_LATEX.get(character, character) for character in text)
 
 
-def _markdown(text: pd.DataFrame, bold: pd.DataFrame, caption: str) -> str:
+def _markdown(text: pd.DataFrame, bold: pd.DataFrame, titles: list[str], words: list[str], caption: str) -> str:
     def cell(row: int, column: str) -> str:
         value = text.at[row, column].replace("|", r"\|")
         return f"**{value}**" if bold.at[row, column] else value
 
     table = [
-        [_HEADINGS.get(column, column) for column in text],
-        ["---" if column in _WORDS else "---:" for column in text],
+        titles,
+        ["---" if column in words else "---:" for column in text],
         *([cell(row, column) for column in text] for row in text.index),
     ]
     return "\n".join([caption, "", *("| " + " | ".join(row) + " |" for row in table)]) + "\n"

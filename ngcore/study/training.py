@@ -7,13 +7,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from ngcore.study.runs import Record, StoredRun, environment
+from ngcore.study.execution import can_compile as can_compile
+from ngcore.study.run import Job, Outcome
+from ngcore.study.runs import StoredRun
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,7 @@ class Schedule:
         warmup: steps over which the learning rate rises linearly.
         decay: lower the learning rate along a cosine to zero after the warm-up (the papers keep it constant).
         clip: largest norm of the gradient.
-        micro_batch: networks per forward and backward pass; 0 for the whole batch. Gradients add up, so this
-            changes speed and memory alone, except for models with batch norm.
         precision: "float32", or "bfloat16" for autocast.
-        compiled: compile the model's hot parts.
     """
 
     epochs: int
@@ -39,9 +37,7 @@ class Schedule:
     warmup: int = 1000
     decay: bool = False
     clip: float = 10.0
-    micro_batch: int = 0
     precision: str = "float32"
-    compiled: bool = False
 
 
 @runtime_checkable
@@ -61,43 +57,35 @@ class Problem(Protocol):
         """Metrics on the test set, with the best weights loaded."""
 
 
-@cache
-def can_compile() -> bool:
-    """Whether torch.compile works here: it needs a C++ compiler and Python's headers. Found out by trying."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.compile(torch.sin)(torch.zeros(8, device=device))
-    except torch._dynamo.exc.BackendCompilerFailed:
-        return False
-    return True
-
-
 class DivergedError(FloatingPointError):
     """A loss that is not finite."""
 
 
-def train(
-    problem: Problem,
-    schedule: Schedule,
-    seed: int,
-    stored: StoredRun,
-    on_epoch: Callable[[int, Record], None],
-) -> Record:
-    """Train, or go on training, and store the result.
+def by_training(problem: Callable[[Any, Any, str], Problem]) -> Callable[[Any, Any, Job], Outcome]:
+    """What produces a run whose problem, made of (config, data, device), the loop solves by the config's schedule."""
+
+    def produce(config: Any, data: Any, job: Job) -> Outcome:
+        torch.manual_seed(config.seed)
+        return train(problem(config, data, job.device), config.schedule, config.seed, job)
+
+    return produce
+
+
+def train(problem: Problem, schedule: Schedule, seed: int, job: Job) -> Outcome:
+    """Train, or go on training.
 
     Every epoch seeds the generators anew from (seed, epoch), so that one that was interrupted is repeated exactly.
 
     Raises:
         DivergedError: names the run and the epoch; the last checkpoint stays.
+        OutOfTime: the next epoch would pass the deadline; the last checkpoint stays.
     """
     if min(schedule.epochs, problem.train_size // schedule.batch) < 1:
         raise ValueError(
             f"nothing to train: {schedule.epochs} epochs of {problem.train_size} networks "
             f"in batches of {schedule.batch}; at least one epoch and one whole batch are needed"
         )
-    started = time.monotonic()
-    model = problem.model
-    device = next(model.parameters()).device
+    started, model = time.monotonic(), problem.model
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=schedule.learning_rate,
@@ -105,29 +93,34 @@ def train(
         amsgrad=True,
         fused=True,
     )
-    state = _resume(stored, model, optimizer)
-    if schedule.compiled and hasattr(model, "compile_parts"):
+    state = _resume(job.stored, model, optimizer)
+    if job.compiled and hasattr(model, "compile_parts"):
         model.compile_parts()
     for epoch in range(state["epoch"], schedule.epochs):
-        loss = train_epoch(problem, schedule, optimizer, seed, epoch)
+        job.execution.leave_in_time(state["seconds"] / max(1, epoch))
+        loss = train_epoch(problem, schedule, optimizer, seed, epoch, job.micro_batch)
         with _evaluation(schedule, model):
             scores = {"train_loss": loss, **problem.validate()}
-        _check_finite(stored, epoch, scores, model)
-        for name, value in scores.items():
-            state["history"].setdefault(name, []).append(value)
-        if scores["val_score"] > state["best_score"]:
-            state["best_score"], state["best_epoch"] = scores["val_score"], epoch
-            state["best"] = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-        state["epoch"] = epoch + 1
+        _check_finite(job.stored, epoch, scores, model)
+        _note(state, epoch, scores, model)
         state["seconds"] += time.monotonic() - started
         started = time.monotonic()
-        stored.save_checkpoint(state | {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
-        on_epoch(epoch, scores)
+        job.stored.save_checkpoint(state | {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+        job.report(epoch, scores)
     model.load_state_dict(state["best"])
     with _evaluation(schedule, model):
         metrics = {**state["history"], "best_epoch": state["best_epoch"], **problem.test()}
-    seconds = {"train_seconds": round(state["seconds"], 1)}
-    return stored.finish(metrics, state["best"], environment(device.type) | seconds)
+    return Outcome(metrics, state["best"], state["seconds"])
+
+
+def _note(state: dict[str, Any], epoch: int, scores: dict[str, float], model: nn.Module) -> None:
+    """Enter an epoch's scores into the history, and its weights where they are the best so far."""
+    for name, value in scores.items():
+        state["history"].setdefault(name, []).append(value)
+    if scores["val_score"] > state["best_score"]:
+        state["best_score"], state["best_epoch"] = scores["val_score"], epoch
+        state["best"] = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    state["epoch"] = epoch + 1
 
 
 def _resume(stored: StoredRun, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -171,8 +164,15 @@ def learning_rate(schedule: Schedule, step: int, total: int) -> float:
     return schedule.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def train_epoch(problem: Problem, schedule: Schedule, optimizer: torch.optim.Optimizer, seed: int, epoch: int) -> float:
-    """One pass over the training set; its mean loss."""
+def train_epoch(
+    problem: Problem,
+    schedule: Schedule,
+    optimizer: torch.optim.Optimizer,
+    seed: int,
+    epoch: int,
+    micro_batch: int = 0,
+) -> float:
+    """One pass over the training set, with so many networks per forward and backward pass; its mean loss."""
     problem.model.train()
     torch.manual_seed(seed * 1_000_003 + epoch)
     device = next(problem.model.parameters()).device
@@ -183,7 +183,7 @@ def train_epoch(problem: Problem, schedule: Schedule, optimizer: torch.optim.Opt
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(schedule, epoch * batches + i, schedule.epochs * batches)
         optimizer.zero_grad()
-        for part in rows.split(schedule.micro_batch or schedule.batch):
+        for part in rows.split(micro_batch or schedule.batch):
             with _autocast(schedule, device):
                 loss = problem.loss(part) / schedule.batch
             loss.backward()

@@ -6,17 +6,28 @@ where it is stored. Records of ablations tell which run they are of, and for whi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, Literal
+
+import pandas as pd
 
 from ngcore.data.inrs.augment import Augmentation
-from ngcore.study.executor import execute_all
-from ngcore.study.runs import Record, run_hash
-from ngcore.tasks import generalization, inr_classification
+from ngcore.data.zoos import wild_park
+from ngcore.study import comparison
+from ngcore.study.plans import Plan, Runs
+from ngcore.study.runs import Record, make_record
+from ngcore.study.tables import beside_published, describe_scale
+from ngcore.study.training import Schedule
+from ngcore.tasks import architectural_noise, generalization, inr_classification, loss_curves
+from ngcore.tasks.inr_sets import data_of
 from ngcore.tasks.variants import changed
+from ngcore.tasks.zoos import Zoo, sizes_in_words, zoo_of
 
-RUN = {"inr_classification": inr_classification.run, "generalization": generalization.run}
+_EVERY = inr_classification.METHODS | generalization.METHODS
+METHODS = {name: _EVERY[name] for name in ("MLP", "SetNN", "StatNN", "DWSNet", "NG-GNN", "NG-T")}  # of both tasks
+HEADINGS = {"train": "Training INRs", "changed": "Networks changed", "noise": "Description"}
 # Edges of "both" have the sum of two Fourier frequencies, which has this deviation: variants with one get it too.
 EDGE_SIGMA = 3.0 * 2**0.5
 ORDER = Augmentation(translate=0.0, rotate=0.0, zoom=0.0, weight_dropout=0.0, permute=True)  # of neurons, and no more
@@ -75,34 +86,18 @@ def trials(question: str, configs: Iterable[Any], variants: Sequence[str] = ()) 
     return [Trial(question, name, changed(config, **known[name])) for config in configs for name in names]
 
 
-def run(config: Any, on_epoch: Callable[[int, Record], None] = lambda epoch, scores: None) -> Record:
-    """The result of a run of whichever task."""
-    return RUN[config.task](config, on_epoch)
-
-
-def run_all(every: Sequence[Trial], workers: int | None = None) -> list[Record]:
-    """The records of trials, each run once however many questions ask for it; errors as of `execute_all`."""
-    configs = list(dict.fromkeys(trial.config for trial in every))
-    records = dict(zip(configs, execute_all(run, configs, workers=workers), strict=True))
-    return [record_of(trial.question, trial.variant, records[trial.config]) for trial in every]
-
-
 def record_of(question: str, variant: str, record: Record) -> Record:
     """A run's record under the question that it answers; its metrics that are one number, and its own hash as `run`."""
     of = record["config"]
     shown = {name: of[name] for name in ("dataset", "method", "seed", "probes") if name in of}
-    config = {"task": "ablations", **shown, "question": question, "variant": variant}
+    asked = {"task": "ablations", "question": question, "variant": variant, "seed": of["seed"]}
+    config = shown | asked
     if "data" in of and "train" in of["data"]:
         config |= {"train": of["data"]["train"], "epochs": of["schedule"]["epochs"]}
     config["of"] = {name: value for name, value in of.items() if name != "seed"}
+    identity = asked | {"of": {name: value for name, value in record["identity"].items() if name != "seed"}}
     metrics = {name: value for name, value in record["metrics"].items() if isinstance(value, int | float)}
-    return {
-        "hash": run_hash(config, record["data"]),
-        "config": config,
-        "data": record["data"],
-        "metrics": metrics | {"run": record["hash"]},
-        "environment": record["environment"],
-    }
+    return make_record(config, identity, record["data"], metrics | {"run": record["hash"]}, record["environment"])
 
 
 def asked(records: Sequence[Record], question: str, **fields: Any) -> list[Record]:
@@ -112,3 +107,180 @@ def asked(records: Sequence[Record], question: str, **fields: Any) -> list[Recor
     order = list(VARIANTS.get(question, ()))
     place = {name: i for i, name in enumerate(order)}
     return sorted(found, key=lambda r: (place.get(r["config"]["variant"], len(order)), r["config"]["seed"]))
+
+
+INR_SCALE = {
+    "data.train": "training INRs",
+    "data.test": "test INRs",
+    "data.steps": "fitting steps each",
+    "schedule.epochs": "epochs",
+    "schedule.batch": "INRs a batch",
+    "schedule.warmup": "warm-up steps",
+}
+PARK_SCALE = {"schedule.epochs": "epochs", "schedule.batch": "networks a batch", "schedule.warmup": "warm-up steps"}
+
+
+def scale_of(records: Sequence[Record], profile: str, of: Zoo | None = None) -> str:
+    """For captions: sizes, seeds and device, and what CNNs the records are of, if any."""
+    fields = {f"of.{name}": words for name, words in (PARK_SCALE if of else INR_SCALE).items()}
+    where = f"{sizes_in_words([of])}." if of else "MNIST INRs."
+    return f"{describe_scale(records, profile, fields)} {where}"
+
+
+def unit_of(of: Zoo | None) -> tuple[str, int]:
+    """The unit of differences, and its decimals, of CNNs or of INRs."""
+    return ("in τ", 3) if of else ("points", 1)
+
+
+def compare(
+    records: Sequence[Record],
+    base: str,
+    what: str,
+    profile: str,
+    *,
+    by: Sequence[str] = ("method",),
+    of: Zoo | None = None,
+) -> tuple[pd.DataFrame, str]:
+    """The table of a question's records and its caption. `of` is the population of CNNs, if any."""
+    metric, scale = (f"test_{of.dataset}_tau", 1) if of else ("test_accuracy", 100)
+    table = comparison.differences(records, base, metric=metric, scale=scale, by=by, methods=METHODS)
+    return table, f"{what} {scale_of(records, profile, of)}"
+
+
+def with_and_without(table: pd.DataFrame, published: Mapping[str, Any]) -> pd.DataFrame:
+    """A table of the variants "with" and "without" beside the paper's, which calls the second <method>_without."""
+    names = table["method"] + table["variant"].map({"without": "_without", "with": ""})
+    return beside_published(table.assign(method=names).drop(columns="variant"), published)
+
+
+def noise_rows(records: Sequence[Record]) -> list[Record]:
+    """Every wrong description twice, as the networks are and as they are described, in the order of the noises."""
+    noises, rows = list(architectural_noise.SHARES), []
+    for record in sorted(records, key=lambda r: (noises.index(r["config"]["noise"]), r["config"]["share"])):
+        own, metrics = record["config"], record["metrics"]
+        label = own["noise"] if own["share"] == 1 else f"{own['noise']}, {100 * own['share']:.0f} %"
+        for variant, name in (("as they are", "tau_as_they_are"), ("as described", "tau")):
+            if metrics["changed"]:
+                config = {**own, "noise": label, "variant": variant}
+                rows.append({"config": config, "metrics": {"tau": metrics[name], "changed": metrics["changed"]}})
+    return rows
+
+
+def noise_table(rows: Sequence[Record]) -> pd.DataFrame:
+    """τ on networks as they are and as they are described; `changed` says how many are described differently."""
+    table = comparison.differences(rows, "as they are", metric="tau", by=("noise", "method"), methods=METHODS)
+    changed: dict[str, set[int]] = {}
+    for row in rows:
+        changed.setdefault(row["config"]["noise"], set()).add(row["metrics"]["changed"])
+    counts = {label: " to ".join(map(str, sorted({min(found), max(found)}))) for label, found in changed.items()}
+    table.insert(2, "changed", table["noise"].map(counts))
+    return table
+
+
+def populations_of(parameters: Mapping[str, Any]) -> tuple[Zoo, Zoo]:
+    """The Wild Park, and the one whose networks flatten, as a notebook's parameters ask for them."""
+    return (
+        zoo_of(parameters["wild_park"], wild_park.Recipe),
+        zoo_of(parameters["flattened_park"], wild_park.FlattenedRecipe),
+    )
+
+
+def inr_configs(
+    parameters: Mapping[str, Any],
+    method: str,
+    probes: int,
+    seeds: int,
+    *,
+    train: int | None = None,
+    augmentation: Augmentation | Literal["as in the tables"] | None = "as in the tables",
+    **schedule: Any,
+) -> list[inr_classification.Config]:
+    """Runs of INR classification as in its tables, but for the size of the training set, augmentation or schedule."""
+    data, settings = data_of(parameters, "mnist"), inr_classification.settings_of(parameters)
+    if augmentation != "as in the tables":
+        settings["augmentation"] = augmentation
+    own = replace(inr_classification.schedule_of(parameters, parameters["epochs"]), **schedule)
+    data = data if train is None else replace(data, train=train)
+    return inr_classification.row_configs(data, own, method, probes, seeds, **settings)
+
+
+def park_configs(
+    parameters: Mapping[str, Any], methods: Sequence[str], seeds: int, population: Zoo
+) -> list[generalization.Config]:
+    """Runs on a park as in table 1."""
+    schedule = Schedule(
+        *(parameters[f"park_{name}"] for name in ("epochs", "batch")),
+        weight_decay=parameters["weight_decay"],
+        warmup=parameters["park_warmup"],
+        decay=parameters["decay"],
+    )
+    rates = parameters["learning_rate"]
+    return generalization.configs_of(population.dataset, [population], methods, seeds, schedule, rates)
+
+
+def trials_of(parameters: Mapping[str, Any]) -> list[Trial]:
+    """The variants of every question."""
+    p, inrs, parks = parameters, partial(inr_configs, parameters), partial(park_configs, parameters)
+    (population, flattened), seeds = populations_of(p), p["seeds"]
+    found = trials("activation embeddings", parks(["NG-GNN", "NG-T"], seeds["table_6"], population))
+    found += trials("activation embeddings", parks(["StatNN"], seeds["table_6"], population), ["with"])
+    for count, methods in p["position_methods"].items():
+        for method in methods:
+            found += trials("positional embeddings", inrs(method, int(count), seeds["table_7"]))
+    for question in ("directions", "normalization", "biases"):
+        found += trials(question, inrs("NG-GNN", p["probes"], seeds["variants"]))
+    for count in p["probe_counts"]:
+        found += trials("probe points", inrs("NG-GNN", count, seeds["curves"]))
+    found += trials("linear layers", parks(["NG-GNN"], seeds["linear layers"], population))
+    found += trials("flattening", parks(["NG-GNN"], seeds["flattening"], flattened))
+    return found + size_trials(p) + augmentation_trials(p)
+
+
+def size_trials(parameters: Mapping[str, Any]) -> list[Trial]:
+    """The methods of the tables on fewer INRs, for about as many steps."""
+    p, found = parameters, []
+    steps = p["epochs"] * (p["train_size"] // p["batch"])
+    for method, probes in p["size_rows"]:
+        for size in [*p["sizes"], p["train_size"]]:
+            epochs = round(steps / max(1, size // p["batch"]))
+            for config in inr_configs(p, method, probes, p["seeds"]["curves"], train=size, epochs=epochs):
+                found.append(Trial("size of the training set", f"{size:,} INRs", config))
+    return found
+
+
+def augmentation_trials(parameters: Mapping[str, Any]) -> list[Trial]:
+    """Kinds of augmentation, for multiples of the epochs."""
+    p, found = parameters, []
+    for method, multiples in p["augmented"].items():
+        kinds = ["none", "images", "order of neurons", "both"] if method == "MLP" else ["none", "images"]
+        probes = p["probes"] if inr_classification.METHODS[method].probes else 0
+        for multiple in multiples:
+            epochs = multiple * p["epochs"]
+            full = inr_configs(p, method, probes, p["seeds"]["curves"], augmentation=None, epochs=epochs)
+            found += trials("augmentation", full, kinds)
+    return found
+
+
+def runs(parameters: Mapping[str, Any]) -> Runs:
+    """Every question's variants, each run once; loss curves; wrong descriptions of the networks of table 6."""
+    p, asked = parameters, trials_of(parameters)
+    records = yield [trial.config for trial in asked]
+    curves = yield [
+        loss_curves.Config.of(config)
+        for method, epochs in p["loss_epochs"].items()
+        for config in inr_configs(
+            p, method, p["loss_probes"][method], p["seeds"]["figure_4"], epochs=epochs, decay=False
+        )
+    ]
+    population, _ = populations_of(p)
+    noisy = yield [
+        architectural_noise.Config.on(config, noise, share)
+        for config in park_configs(p, ["StatNN", "NG-GNN", "NG-T"], p["seeds"]["table_6"], population)
+        for noise, shares in architectural_noise.SHARES.items()
+        for share in shares
+    ]
+    own = [record_of(trial.question, trial.variant, record) for trial, record in zip(asked, records, strict=True)]
+    return own + curves + noisy
+
+
+PLAN = Plan(runs, ("ablations", "loss_curves", "architectural_noise"))

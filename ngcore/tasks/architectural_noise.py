@@ -14,12 +14,13 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from ngcore.data.zoos.cnn import Architecture
-from ngcore.study.runs import Record, StoredRun, cache_directory, environment
+from ngcore.study.execution import Execution
+from ngcore.study.run import Experiment, Job, Outcome
 from ngcore.tasks import generalization
-from ngcore.tasks.zoos import Networks, load, wiring_of
+from ngcore.tasks.zoos import Networks, wiring_of
 
 State = dict[str, Tensor]
 Network = tuple[Architecture, State]
@@ -103,20 +104,17 @@ class Config:
         return cls(noise, share, of, of.dataset, of.method, of.seed)
 
 
-def run(config: Config, on_epoch: Callable[[int, Record], None] = lambda epoch, scores: None) -> Record:
-    """Metrics: `changed`, how many test networks are described differently; if there are any, `tau` on them as they are
-    described and `tau_as_they_are`.
+def load(config: Config, device: str) -> tuple[Networks, str]:
+    """The networks that the model was trained on, and their digest."""
+    return generalization.load(config.of, device)
 
-    The model is trained if it is not stored yet; the result is stored.
+
+def produce(config: Config, networks: Networks, job: Job) -> Outcome:
+    """Metrics: `changed`, how many test networks are described differently; if there are any, `tau` on them as they are
+    described and `tau_as_they_are`. The model is trained if it is not stored yet.
     """
-    networks = load(config.of.data, config.of.target == "activation")
-    stored = StoredRun.of(config, networks.digest, cache_directory())
-    record = stored.result()
-    if record is not None:
-        return record
-    generalization.run(config.of, on_epoch)
     model = generalization.build_model(config.method, networks, **dict(config.of.options)).eval()
-    model.load_state_dict(StoredRun.of(config.of, networks.digest, cache_directory()).weights())
+    model.load_state_dict(job.require(config.of).weights())
     rows = generalization.rows_of(networks, config.of.split)[f"test_{config.dataset}"]
     random = np.random.default_rng(config.seed)
     pairs = [(network, NOISES[config.noise](network, config.share, random)) for network in described(networks, rows)]
@@ -125,13 +123,24 @@ def run(config: Config, on_epoch: Callable[[int, Record], None] = lambda epoch, 
     true = torch.tensor(generalization.targets_of(table, config.of.target))
     metrics: dict[str, Any] = {"changed": len(table)}
     for name, which in (("tau_as_they_are", 0), ("tau", 1)) if len(table) else ():
-        some = [pair[which] for pair, own in zip(pairs, differs, strict=True) if own]
-        shown = alone(some, table, networks)
-        chunk = generalization.CHUNK.get(config.method)
-        inputs = generalization.METHODS[config.method][1](shown)
-        found = generalization.predict(model, inputs, shown.collection.sizes, torch.arange(len(some)), chunk)
-        metrics[name] = generalization.tau(found, true)
-    return stored.finish(metrics, {}, environment("cpu") | {"train_seconds": 0.0})
+        shown = alone([pair[which] for pair, own in zip(pairs, differs, strict=True) if own], table, networks)
+        metrics[name] = generalization.tau(predictions(model.to(job.device), config.method, shown, job.device), true)
+    return Outcome(metrics, {}, 0.0)
+
+
+def predictions(model: nn.Module, method: str, networks: Networks, device: str) -> Tensor:
+    """A model's predictions for all networks."""
+    inputs, sizes = generalization.inputs_of(method, networks, device), networks.collection.sizes.to(device)
+    rows = torch.arange(len(sizes), device=device)
+    return generalization.predict(model, inputs, sizes, rows, generalization.METHODS[method].chunk)
+
+
+def prepare(configs: Sequence[Config], execution: Execution) -> None:
+    """Train the populations that the models read."""
+    generalization.EXPERIMENT.prepare([config.of for config in configs], execution)
+
+
+EXPERIMENT = Experiment(Config, generalization.METHODS, load, produce, prepare)
 
 
 def alone(some: Sequence[Network], table: pd.DataFrame, of: Networks) -> Networks:

@@ -5,8 +5,9 @@ And what else can be told from them: other targets, all within 0 and 1, are pred
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,16 +18,20 @@ from jaxtyping import Bool, Float, Int
 from scipy.stats import kendalltau
 from torch import Tensor, nn
 
+from ngcore.data.zoos import cifar10_gs, wild_park
 from ngcore.graph import NeuralGraph
+from ngcore.graph.collection import Collection
+from ngcore.models import CNN_WIDTHS, NGGNN, NGT, Scores
 from ngcore.models.baselines import NFN, StatNN
-from ngcore.models.heterogeneous import HeterogeneousNGGNN, HeterogeneousNGT
-from ngcore.study.runs import Record, StoredRun, cache_directory
-from ngcore.study.tables import summarize
-from ngcore.study.training import DivergedError, Schedule, train
-from ngcore.tasks.zoos import Networks, Zoo, load, split_rows
+from ngcore.study.methods import Method, known
+from ngcore.study.plans import Plan, Runs
+from ngcore.study.run import Experiment
+from ngcore.study.runs import Record
+from ngcore.study.tables import describe_scale, summarize
+from ngcore.study.training import DivergedError, Schedule, by_training
+from ngcore.tasks import zoos
+from ngcore.tasks.zoos import Networks, Zoo, population_config, split_rows
 
-# Networks of like size that are read together: NG-T fills up every network to the largest. None: all of a batch.
-CHUNK = {"NG-T": 8}
 EVALUATION_BATCH = 64
 FOURIER = 0.1  # scale of the Fourier frequencies of "NG-GNN_Fourier", the better of 0.1 and 1 in a trial
 CONTROL_SEED = 1_000_000  # far from the seeds of training, which draw the order of batches
@@ -68,6 +73,7 @@ class RegressionNFN(NFN):
         super().fit_normalization(graph[rows])
 
 
+TABLE_1 = {"loss": "bce", "target": "accuracy", "split": "random", "shuffled": False}
 ROWS = {
     "cifar10_gs": ("StatNN", "NFN_HNP", "NG-GNN", "NG-T"),
     "cifar10_wild_park": ("StatNN", "NG-GNN", "NG-T"),
@@ -95,7 +101,7 @@ def configs_of(
     unknown = [method for method in methods if method not in METHODS]
     if unknown:
         raise ValueError(f"unknown methods {', '.join(unknown)}; there are {', '.join(METHODS)}")
-    fields = {"loss": "bce", "target": "accuracy", "split": "random", "shuffled": False} | changes
+    fields = TABLE_1 | changes
     return [
         Config(
             dataset,
@@ -112,34 +118,89 @@ def configs_of(
 
 def table(records: Sequence[Record], test: str, by: Sequence[str], metric: str = "tau") -> pd.DataFrame:
     """Mean and standard deviation over seeds of what `test` sets of the records, e.g. "test_cifar10_gs", score."""
-    return summarize(records, metric=f"{test}_{metric}", by=by)
+    return summarize(records, metric=f"{test}_{metric}", by=by, methods=METHODS)
 
 
-Build = Callable[..., nn.Module]
-Inputs = Callable[[Networks], Any]
+OPTIONS = {"sigma": None, "activations": True, "dropout": 0.0}  # of the graph models
 
-# What builds a model for networks, and the form in which it reads them, indexed by rows.
-METHODS: dict[str, tuple[Build, Inputs]] = {
-    "StatNN": (lambda networks, **o: StatNN(networks.statistics.shape[1], **o), lambda networks: networks.statistics),
-    "NFN_HNP": (
+
+def having(records: Sequence[Record], **fields: Any) -> list[Record]:
+    """Those of some records whose configs have these fields, and those of table 1 where nothing else is said."""
+    expected = TABLE_1 | fields
+    return [r for r in records if all(r["config"][name] == value for name, value in expected.items())]
+
+
+def joint_table(together: Sequence[Record], apart: Mapping[str, Sequence[Record]]) -> pd.DataFrame:
+    """Models of both populations beside the same methods on each, which `apart` has by data set."""
+    methods = {record["config"]["method"] for record in together}
+    rows = []
+    for name, records in apart.items():
+        alone = [record for record in records if record["config"]["method"] in methods]
+        for trained_on, found in ((name, alone), ("both", together)):
+            rows.append(table(found, f"test_{name}", ("method",)).assign(tested_on=name, trained_on=trained_on))
+    return pd.concat(rows, ignore_index=True)[["tested_on", "method", "trained_on", "mean", "std", "seeds"]]
+
+
+def shapes_table(records: Sequence[Record]) -> pd.DataFrame:
+    """τ on test networks of the shapes that were trained on, "same", and of others, "other"."""
+    parts = [table(records, tested, ("split", "method")).assign(tested_on=tested) for tested in ("same", "other")]
+    columns = ["split", "tested_on", "method", "mean", "std", "seeds"]
+    return pd.concat(parts, ignore_index=True)[columns].sort_values("split", kind="stable", ignore_index=True)
+
+
+def caption(what: str, records: Sequence[Record], populations: Sequence[Zoo], profile: str) -> str:
+    """What a table shows, and the scale of its runs."""
+    scale = {"schedule.epochs": "epochs", "schedule.batch": "networks a batch", "schedule.warmup": "warm-up steps"}
+    schedules = {record["config"]["method"]: record["config"]["schedule"] for record in records}
+    own = [(method, schedules[method]) for method in METHODS if method in schedules]
+    rates = ", ".join(f"{method} {schedule['learning_rate']:g}" for method, schedule in own)
+    decay = "cosine" if own[0][1]["decay"] else "constant"
+    regime = f"{zoos.sizes_in_words(populations)}. Learning rates, {decay}: {rates}."
+    return f"{what} {describe_scale(records, profile, scale)} {regime}"
+
+
+def _ng_gnn(networks: Networks, **options: Any) -> nn.Module:
+    return _ng_gnn_on(networks.collection, **options)
+
+
+def _ng_gnn_on(collection: Collection, **options: Any) -> nn.Module:
+    return NGGNN(collection, Scores(), **OPTIONS | options)
+
+
+def _ng_t(networks: Networks, **options: Any) -> nn.Module:
+    return NGT(networks.collection, Scores(), widths=CNN_WIDTHS, **OPTIONS | options)
+
+
+def _collection(networks: Networks) -> Any:
+    return networks.collection
+
+
+# What builds a model for networks, and the form in which it reads them, indexed by rows. NG-T fills up every network to
+# the largest, so it reads those of like size together.
+METHODS = {
+    "StatNN": Method(
+        lambda networks, **o: StatNN(networks.statistics.shape[1], **o),
+        lambda networks: networks.statistics,
+        colour=9,
+    ),
+    "NFN_HNP": Method(
         lambda networks, **o: RegressionNFN(networks.stacked.wiring, 1, group="HNP", **o),
         lambda networks: networks.stacked,
+        colour=4,
     ),
-    "NG-GNN": (lambda networks, **o: HeterogeneousNGGNN(networks.frame, **o), lambda networks: networks.collection),
-    "NG-GNN_Fourier": (
-        lambda networks, **o: HeterogeneousNGGNN(networks.frame, sigma=FOURIER, **o),
-        lambda networks: networks.collection,
-    ),
-    "NG-GNN_linear": (
-        lambda networks, **o: HeterogeneousNGGNN(networks.linear_collection.frame, **o),
+    "NG-GNN": Method(_ng_gnn, _collection, colour=0),
+    "NG-GNN_Fourier": Method(partial(_ng_gnn, sigma=FOURIER), _collection),
+    "NG-GNN_linear": Method(
+        lambda networks, **o: _ng_gnn_on(networks.linear_collection, **o),
         lambda networks: networks.linear_collection,
     ),
-    "NG-GNN_repeat": (
-        lambda networks, **o: HeterogeneousNGGNN(networks.repeated_collection.frame, **o),
+    "NG-GNN_repeat": Method(
+        lambda networks, **o: _ng_gnn_on(networks.repeated_collection, **o),
         lambda networks: networks.repeated_collection,
     ),
-    "NG-T": (lambda networks, **o: HeterogeneousNGT(networks.frame, **o), lambda networks: networks.collection),
+    "NG-T": Method(_ng_t, _collection, colour=3, chunk=8),
 }
+CHUNK = {name: method.chunk for name, method in METHODS.items()}
 
 
 def build_model(method: str, networks: Networks, **options: Any) -> nn.Module:
@@ -148,9 +209,7 @@ def build_model(method: str, networks: Networks, **options: Any) -> nn.Module:
     Raises:
         ValueError: an unknown method, or one that can't read these networks.
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
-    return METHODS[method][0](networks, **options)
+    return known(METHODS, method).build(networks, **options)
 
 
 def targets_of(table: pd.DataFrame, target: str) -> Float[np.ndarray, " networks"]:
@@ -335,33 +394,76 @@ def rows_of(networks: Networks, split: str) -> dict[str, Int[Tensor, " networks"
     return found
 
 
-def run(config: Config, on_epoch: Callable[[int, Record], None] = lambda epoch, scores: None) -> Record:
-    """The result of a run: read if it is stored, else trained (from its checkpoint, if there is one) and stored."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    networks = load(config.data, config.target == "activation")
-    stored = StoredRun.of(config, networks.digest, cache_directory())
-    record = stored.result()
-    if record is not None:
-        return record
+def load(config: Config, device: str) -> tuple[Networks, str]:
+    """The networks of a run, on the CPU, and their digest."""
+    networks = zoos.load(config.data, config.target == "activation")
+    return networks, networks.digest
+
+
+def problem_of(config: Config, networks: Networks, device: str) -> Prediction:
+    """What the training loop solves."""
     rows = rows_of(networks, config.split)
     targets = torch.tensor(targets_of(networks.table, config.target), dtype=torch.float32)
-    known = targets.clone()
+    known_targets = targets.clone()
     if config.shuffled:
         generator = torch.Generator().manual_seed(CONTROL_SEED + config.seed)
         for name in [name for name in rows if name.startswith(("train", "validation"))]:
-            known[rows[name]] = targets[rows[name][torch.randperm(len(rows[name]), generator=generator)]]
-    torch.manual_seed(config.seed)
+            known_targets[rows[name]] = targets[rows[name][torch.randperm(len(rows[name]), generator=generator)]]
     model = build_model(config.method, networks, **dict(config.options)).to(device)
-    inputs = METHODS[config.method][1](networks)
-    inputs = inputs.map(lambda values: values.to(device)) if isinstance(inputs, NeuralGraph) else inputs.to(device)
-    problem = Prediction(
+    return Prediction(
         model,
-        inputs,
+        inputs_of(config.method, networks, device),
         networks.collection.sizes.to(device),
         {name: some.to(device) for name, some in rows.items()},
-        known.to(device),
+        known_targets.to(device),
         targets.to(device),
         config.loss,
-        CHUNK.get(config.method),
+        METHODS[config.method].chunk,
     )
-    return train(problem, config.schedule, config.seed, stored, on_epoch)
+
+
+def inputs_of(method: str, networks: Networks, device: str) -> Any:
+    """Networks in the form that a method's model reads, indexed by rows."""
+    inputs = METHODS[method].inputs(networks)
+    return inputs.map(lambda values: values.to(device)) if isinstance(inputs, NeuralGraph) else inputs.to(device)
+
+
+EXPERIMENT = Experiment(Config, METHODS, load, by_training(problem_of), zoos.prepare)
+
+
+def populations_of(parameters: Mapping[str, Any]) -> tuple[Zoo, Zoo]:
+    """CIFAR10-GS and the Wild Park, as a notebook's parameters ask for them."""
+    return (
+        zoos.zoo_of(parameters["small_zoo"], cifar10_gs.Recipe),
+        zoos.zoo_of(parameters["wild_park"], wild_park.Recipe),
+    )
+
+
+def runs(parameters: Mapping[str, Any]) -> Runs:
+    """Both populations; table 1 and its control; other losses, a joint model, shapes apart, other targets."""
+    populations = populations_of(parameters)
+
+    def configs(dataset: str, methods: Sequence[str], seeds: int = 1, **changes: Any) -> list[Config]:
+        schedule = Schedule(
+            **{name: parameters[name][dataset] for name in ("epochs", "batch", "warmup")},
+            **{name: parameters[name] for name in ("weight_decay", "decay")},
+        )
+        return configs_of(dataset, populations, methods, seeds, schedule, parameters["learning_rate"], **changes)
+
+    every = [population_config(zoo) for zoo in populations]
+    for dataset, methods in ROWS.items():
+        every += configs(dataset, methods, parameters["seeds"])
+        every += configs(dataset, parameters["more_methods"])
+        for method, seeds in parameters["control"].items():
+            every += configs(dataset, [method], seeds, shuffled=True)
+        for target in parameters["probing"].get(dataset, ()):
+            every += configs(dataset, parameters["probing_methods"], target=target)
+    every += configs("both", parameters["joint"])
+    for split in parameters["splits"]:
+        every += configs("cifar10_wild_park", parameters["split_methods"], split=split)
+    for loss in parameters["losses"]:
+        every += configs("cifar10_gs", parameters["loss_methods"], loss=loss)
+    return (yield every)
+
+
+PLAN = Plan(runs, ("cnn_zoos", "generalization"))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,13 +13,26 @@ from torch import Tensor, nn
 
 from ngcore.data.inrs.augment import Augmentation
 from ngcore.data.inrs.sets import INRSet
+from ngcore.graph import Wiring
 from ngcore.graph.dialects import bias_nodes
-from ngcore.models import NGGNN, NGT
+from ngcore.models import NGGNN, NGT, Scores
 from ngcore.models.baselines import MLP, DWSNet, SetNN
+from ngcore.models.entries import StandardizedEntries
 from ngcore.models.signs import CanonicalSigns
-from ngcore.study.runs import Record, StoredRun, cache_directory
-from ngcore.study.training import Schedule, train
-from ngcore.tasks.inr_sets import WIRING, INRData, build, evaluation_batches, load_data
+from ngcore.study.methods import Method
+from ngcore.study.plans import Plan, Runs
+from ngcore.study.run import Experiment
+from ngcore.study.training import Schedule, by_training
+from ngcore.tasks.inr_sets import (
+    WIRING,
+    INRData,
+    build,
+    by_probes,
+    data_of,
+    evaluation_batches,
+    load_data,
+    prepare,
+)
 from ngcore.tasks.variants import changed
 
 CLASSES = 10
@@ -59,12 +73,21 @@ class Config:
     task: str = "inr_classification"
 
 
-METHODS: dict[str, Callable[..., nn.Module]] = {
-    "MLP": MLP,
-    "SetNN": SetNN,
-    "DWSNet": DWSNet,
-    "NG-GNN": NGGNN,
-    "NG-T": NGT,
+def _graph_model(
+    model: type[NGGNN | NGT], wiring: Wiring, classes: int, normalization: str = "layer", **options: Any
+) -> nn.Module:
+    """NG-GNN or NG-T; with normalization "neuron" every single weight and bias is standardized by itself."""
+    if normalization == "neuron":
+        return StandardizedEntries(model(wiring, Scores(classes), **options))
+    return model(wiring, Scores(classes), normalization=normalization, **options)
+
+
+METHODS = {
+    "MLP": Method(MLP, colour=7),
+    "SetNN": Method(SetNN, colour=1),
+    "DWSNet": Method(DWSNet, colour=2),
+    "NG-GNN": Method(partial(_graph_model, NGGNN), colour=0, probes=True, micro_batch=8),
+    "NG-T": Method(partial(_graph_model, NGT), colour=3, probes=True, micro_batch=4),
 }
 
 
@@ -97,19 +120,10 @@ def row_configs(
     probes: int,
     seeds: int,
     *,
-    micro_batch: Mapping[str, int],
-    compiled: Collection[str],
     dropout: float,
     augmentation: Augmentation | None = None,
 ) -> list[Config]:
-    """The runs of one row of a table, a seed each.
-
-    Args:
-        micro_batch: method -> networks per forward and backward pass; the whole batch where not named.
-        compiled: the methods that are compiled.
-        dropout, augmentation: of all methods alike.
-    """
-    schedule = replace(schedule, micro_batch=micro_batch.get(method, 0), compiled=method in compiled)
+    """The runs of one row of a table, a seed each; dropout and augmentation are of all methods alike."""
     options = (("dropout", dropout),)
     return [Config(data.dataset, method, probes, seed, data, schedule, augmentation, options) for seed in range(seeds)]
 
@@ -211,22 +225,46 @@ class Classification:
         }
 
 
-def run(
-    config: Config,
-    on_epoch: Callable[[int, Record], None] = lambda epoch, scores: None,
-    problem: type[Classification] = Classification,
-) -> Record:
-    """The result of a run: read if it is stored, else trained (from its checkpoint, if there is one) and stored.
+def load(config: Config, device: str) -> tuple[dict[str, INRSet], str]:
+    """The INRs of a run, and their digest."""
+    return load_data(config.data, device)
 
-    Args:
-        problem: what is measured along training.
-    """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    sets, digest = load_data(config.data, device)
-    stored = StoredRun.of(config, digest, cache_directory())
-    record = stored.result()
-    if record is not None:
-        return record
-    torch.manual_seed(config.seed)
+
+def problem_of(
+    config: Config, sets: dict[str, INRSet], device: str, problem: type[Classification] = Classification
+) -> Classification:
+    """What the training loop solves."""
     model = build_model(config.method, config.probes, **dict(config.options)).to(device)
-    return train(problem(model, sets, config.augmentation), config.schedule, config.seed, stored, on_epoch)
+    return problem(model, sets, config.augmentation)
+
+
+EXPERIMENT = Experiment(Config, METHODS, load, by_training(problem_of), prepare)
+
+
+def settings_of(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """What a notebook's parameters say of all rows alike."""
+    return {
+        "dropout": parameters["dropout"],
+        "augmentation": Augmentation() if parameters["augment"] else None,
+    }
+
+
+def schedule_of(parameters: Mapping[str, Any], epochs: int) -> Schedule:
+    shared = {name: parameters[name] for name in ("warmup", "decay", "precision")}
+    return Schedule(epochs, parameters["batch"], **shared)
+
+
+def runs(parameters: Mapping[str, Any]) -> Runs:
+    """Tables 3 and 4, and some of their rows by other recipes."""
+    configs = []
+    for name in parameters["datasets"]:
+        data, schedule = data_of(parameters, name), schedule_of(parameters, parameters["epochs"][name])
+        seeds = by_probes(parameters["seeds"][name])
+        table = table_configs(data, schedule, seeds=seeds, **settings_of(parameters))
+        configs += table
+        for recipe, rows in parameters["recipes"][name].items():
+            configs += recipe_configs(table, recipe, [tuple(row) for row in rows])
+    return (yield configs)
+
+
+PLAN = Plan(runs, ("inr_classification",))

@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from ngcore.data.inrs.edits import EDITS
 from ngcore.data.inrs.sets import INRSet
 from ngcore.data.inrs.siren import render
-from ngcore.models import Editor, EquivariantNGGNN, EquivariantNGT
+from ngcore.graph import Wiring
+from ngcore.models import NGGNN, NGT, Editor, PerParameter
 from ngcore.models.baselines import EquivariantDWSNet, EquivariantNFN
-from ngcore.study.runs import Record, StoredRun, cache_directory, tensor_digest
-from ngcore.study.training import Schedule, train
-from ngcore.tasks.inr_sets import WIRING, INRData, build, evaluation_batches, images_of, load_data
+from ngcore.study.execution import Execution
+from ngcore.study.methods import Method, method_order
+from ngcore.study.plans import Plan, Runs
+from ngcore.study.run import Experiment
+from ngcore.study.runs import Record, tensor_digest
+from ngcore.study.training import Schedule, by_training
+from ngcore.tasks.inr_sets import (
+    WIRING,
+    INRData,
+    build,
+    by_probes,
+    data_of,
+    evaluation_batches,
+    fit_inrs,
+    images_of,
+    load_data,
+)
 
 
 @dataclass(frozen=True)
@@ -48,14 +63,24 @@ class Config:
     task: str = "inr_editing"
 
 
-METHODS: dict[str, Callable[..., nn.Module]] = {
-    "DWSNet": EquivariantDWSNet,
-    "DWSNet_mean": partial(EquivariantDWSNet, reduction="mean"),  # not the paper's
-    "NFN_HNP": partial(EquivariantNFN, group="HNP"),
-    "NFN_NP": partial(EquivariantNFN, group="NP"),
-    "NG-GNN": EquivariantNGGNN,
-    "NG-T": EquivariantNGT,
+def _ng_gnn(wiring: Wiring, networks: int, sigma: float | None = None, **options: Any) -> NGGNN:
+    """Weights and biases enter through Linears, without Fourier features, as in the public editing model."""
+    return NGGNN(wiring, PerParameter(networks), sigma=sigma, **options)
+
+
+def _ng_t(wiring: Wiring, networks: int, sigma: float | None = 3.0, dropout: float = 0.3, **options: Any) -> NGT:
+    return NGT(wiring, PerParameter(networks), sigma=sigma, dropout=dropout, **options)
+
+
+METHODS = {
+    "DWSNet": Method(EquivariantDWSNet, colour=2),
+    "DWSNet_mean": Method(partial(EquivariantDWSNet, reduction="mean"), colour=9),  # not the paper's
+    "NFN_HNP": Method(partial(EquivariantNFN, group="HNP"), colour=4),
+    "NFN_NP": Method(partial(EquivariantNFN, group="NP"), colour=8),
+    "NG-GNN": Method(_ng_gnn, colour=0, probes=True, micro_batch=8),
+    "NG-T": Method(_ng_t, colour=3, probes=True, micro_batch=4),
 }
+SHOWN = {"no edit": Method()} | METHODS  # in tables, with the INRs as they are
 
 ROWS = (
     ("DWSNet", 0),
@@ -72,16 +97,12 @@ def table_configs(
     schedule: Schedule,
     *,
     seeds: Mapping[int, int],
-    micro_batch: Mapping[str, int],
-    compiled: Collection[str],
     dropout: Mapping[str, float],
 ) -> list[Config]:
     """The runs of table 5.
 
     Args:
         seeds: number of probe features -> number of seeds.
-        micro_batch: method -> networks per forward and backward pass; the whole batch where not named.
-        compiled: the methods that are compiled.
         dropout: method -> probability; the model's own where not named.
     """
     return [
@@ -94,7 +115,7 @@ def table_configs(
             seed,
             data,
             transfer,
-            replace(schedule, micro_batch=micro_batch.get(method, 0), compiled=method in compiled),
+            schedule,
             (("dropout", dropout[method]),) if method in dropout else (),
         )
         for method, probes in ROWS
@@ -207,7 +228,7 @@ def example_pictures(records: Sequence[Record]) -> dict[str, Float[Tensor, "k si
     """What runs of one edit make of the same examples, after what these draw and should draw; name -> pictures."""
     first = records[0]["metrics"]
     pictures = {"INR": first["examples_unedited"], "target": first["examples_target"]}
-    for record in records:
+    for record in sorted(records, key=lambda record: method_order(METHODS, record["config"]["method"])):
         method, probes = record["config"]["method"], record["config"]["probes"]
         pictures[f"{method}, {probes}" if probes else method] = record["metrics"]["examples_edited"]
     return {name: decode(texts) for name, texts in pictures.items()}
@@ -237,9 +258,17 @@ def targets_of(data: INRData, edit: str, device: str) -> dict[str, Float[Tensor,
     return {split: EDITS[edit](images).to(device) for split, images in images_of(data).items()}
 
 
-def run(config: Config, on_epoch: Callable[[int, Record], None] = lambda epoch, scores: None) -> Record:
-    """The result of a run: read if it is stored, else trained (from its checkpoint, if there is one) and stored."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+@dataclass(frozen=True)
+class Pictures:
+    """What a run reads: INRs of every split with the edited images, and test INRs of another data set with theirs."""
+
+    sets: dict[str, INRSet]
+    targets: dict[str, Tensor]
+    transfer: tuple[INRSet, Tensor] | None
+
+
+def load(config: Config, device: str) -> tuple[Pictures, str]:
+    """The INRs and edited images of a run, and their digest."""
     sets, digest = load_data(config.data, device)
     targets = targets_of(config.data, config.edit, device)
     transfer = None
@@ -247,11 +276,35 @@ def run(config: Config, on_epoch: Callable[[int, Record], None] = lambda epoch, 
         others, other_digest = load_data(config.transfer, device)
         transfer = others["test"], targets_of(config.transfer, config.edit, device)["test"]
         digest = f"{digest}+{other_digest}"
-    stored = StoredRun.of(config, f"{digest}+{tensor_digest(targets.values())}", cache_directory())
-    record = stored.result()
-    if record is not None:
-        return record
-    torch.manual_seed(config.seed)
+    return Pictures(sets, targets, transfer), f"{digest}+{tensor_digest(targets.values())}"
+
+
+def problem_of(config: Config, pictures: Pictures, device: str) -> Editing:
+    """What the training loop solves."""
     model = build_editor(config.method, config.probes, config.networks, **dict(config.options)).to(device)
-    problem = Editing(model, sets, targets, transfer)
-    return train(problem, config.schedule, config.seed, stored, on_epoch)
+    return Editing(model, pictures.sets, pictures.targets, pictures.transfer)
+
+
+def prepare(configs: Sequence[Config], execution: Execution) -> None:
+    """Fit the INRs that runs read, by all workers."""
+    read = [data for config in configs for data in (config.data, config.transfer) if data is not None]
+    for data in dict.fromkeys(read):
+        fit_inrs(data, workers=execution.workers, compiled=execution.compiles())
+
+
+EXPERIMENT = Experiment(Config, METHODS, load, by_training(problem_of), prepare)
+
+
+def runs(parameters: Mapping[str, Any]) -> Runs:
+    """Table 5, another edit, and several networks in place of one."""
+    shared = {name: parameters[name] for name in ("warmup", "decay", "clip", "precision")}
+    schedule = Schedule(parameters["epochs"], parameters["batch"], parameters["learning_rate"], **shared)
+    data, transfer = (data_of(parameters, parameters[name]) for name in ("dataset", "transfer"))
+    seeds = by_probes(parameters["seeds"])
+    table = table_configs(data, transfer, schedule, seeds=seeds, dropout=parameters["dropout"])
+    edits = [variant(table, method, probes, edit=parameters["edit"]) for method, probes in parameters["edit_rows"]]
+    several = [variant(table, method, probes, networks=count) for method, probes, count in parameters["networks"]]
+    return (yield [*table, *edits, *several])
+
+
+PLAN = Plan(runs, ("inr_editing",))

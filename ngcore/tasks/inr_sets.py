@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from ngcore.data.images.subsets import load_images
 from ngcore.data.inrs.sets import INRSet, Recipe, fit_set, siren
 from ngcore.graph import mlp
+from ngcore.study.execution import Execution, best_device, default_workers
+from ngcore.study.methods import Methods, known
 from ngcore.study.runs import Record, cache_directory, tensor_digest
 
 EVALUATION_BATCH = {"cpu": 64, "cuda": 256}
@@ -22,14 +24,36 @@ WIRING = mlp(siren.SIZES, "siren")
 
 @dataclass(frozen=True)
 class INRData:
-    """Which INRs: the first `train + validation` of the train split, the last of them for validation, and `test`."""
+    """Which INRs: the first `train + validation` of the train split, the last of them for validation, and `test`.
+
+    Args:
+        steps, learning_rate: of their fitting; the papers' for MNIST where not given.
+    """
 
     dataset: str
     train: int
     validation: int
     test: int
-    steps: int
-    learning_rate: float
+    steps: int = 1450
+    learning_rate: float = 1e-3
+
+
+def data_of(parameters: Mapping[str, Any], dataset: str) -> INRData:
+    """The INRs that a notebook's parameters ask for; steps and rate of the fits may be given by data set."""
+    steps, rate = (parameters[name] for name in ("inr_steps", "inr_learning_rate"))
+    return INRData(
+        dataset,
+        parameters["train_size"],
+        parameters["validation_size"],
+        parameters["test_size"],
+        steps[dataset] if isinstance(steps, Mapping) else steps,
+        rate[dataset] if isinstance(rate, Mapping) else rate,
+    )
+
+
+def by_probes(seeds: Mapping[str, int]) -> dict[int, int]:
+    """Number of probe features -> seeds, of a parameter, whose keys are strings."""
+    return {int(probes): count for probes, count in seeds.items()}
 
 
 def fit_inrs(data: INRData, *, workers: int | None = None, compiled: bool = False) -> dict[str, INRSet]:
@@ -38,15 +62,13 @@ def fit_inrs(data: INRData, *, workers: int | None = None, compiled: bool = Fals
     Args:
         workers: processes; None for one per core, or one with a GPU.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    workers = workers or (1 if device == "cuda" else torch.get_num_threads())
     sets = {
         split: fit_set(
             Recipe(data.dataset, split, data.steps, data.learning_rate),
             count,
             cache_directory(),
-            device=device,
-            workers=workers,
+            device=best_device(),
+            workers=workers or default_workers(),
             compiled=compiled,
         )
         for split, count in (("train", data.train + data.validation), ("test", data.test))
@@ -56,6 +78,19 @@ def fit_inrs(data: INRData, *, workers: int | None = None, compiled: bool = Fals
         "validation": sets["train"][data.train :],
         "test": sets["test"],
     }
+
+
+def fit_all(parameters: Mapping[str, Any], datasets: Sequence[str]) -> dict[str, dict[str, INRSet]]:
+    """The INRs that a notebook's parameters ask for: data set -> split -> INRs."""
+    execution = Execution.of(parameters)
+    settings = {"workers": execution.workers, "compiled": execution.compiles()}
+    return {name: fit_inrs(data_of(parameters, name), **settings) for name in datasets}
+
+
+def prepare(configs: Sequence[Any], execution: Execution) -> None:
+    """Fit the INRs that runs read, by all workers."""
+    for data in dict.fromkeys(config.data for config in configs):
+        fit_inrs(data, workers=execution.workers, compiled=execution.compiles())
 
 
 def images_of(data: INRData) -> dict[str, Float[Tensor, "n 28 28"]]:
@@ -71,7 +106,7 @@ def images_of(data: INRData) -> dict[str, Float[Tensor, "n 28 28"]]:
 def load_data(data: INRData, device: str) -> tuple[dict[str, INRSet], str]:
     """The INRs on a device and the digest of all of them; kept for the process's further runs.
 
-    What is not stored is fitted in this process and uncompiled: fit with `fit_inrs` first, so that all runs find it.
+    What is not stored is fitted in this process and uncompiled: `prepare` fits it faster.
     """
     sets = fit_inrs(data, workers=1)
     tensors = (t for inrs in sets.values() for t in (*inrs.parameters.values(), inrs.labels))
@@ -79,19 +114,16 @@ def load_data(data: INRData, device: str) -> tuple[dict[str, INRSet], str]:
     return {split: inrs.to(device) for split, inrs in sets.items()}, digest
 
 
-def build(
-    methods: Mapping[str, Callable[..., nn.Module]], method: str, probes: int, *sizes: Any, **options: Any
-) -> Any:
+def build(methods: Methods, method: str, probes: int, *sizes: Any, **options: Any) -> Any:
     """A model by the name of its method, from its sizes and options.
 
     Raises:
         ValueError: an unknown method, or probe features for one that has none.
     """
-    if method not in methods:
-        raise ValueError(f"unknown method {method!r}; there are {', '.join(methods)}")
-    if probes and not method.startswith("NG-"):
+    found = known(methods, method)
+    if probes and not found.probes:
         raise ValueError(f"{method} takes no probe features, but probes = {probes}")
-    return methods[method](*sizes, **({"probes": probes} if probes else {}), **options)
+    return found.build(*sizes, **({"probes": probes} if probes else {}), **options)
 
 
 def evaluation_batches(inrs: INRSet) -> Iterator[Int[Tensor, " batch"]]:

@@ -5,22 +5,30 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
+from matplotlib.axes import Axes
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from ngcore.models.optimizers import METHODS as LEARNED
 from ngcore.models.optimizers import LearnedOptimizer
 from ngcore.models.optimizers.files import provenance, shipped
-from ngcore.study.runs import Record, RunError, StoredRun, cache_directory, environment, run_hash, tensor_digest
+from ngcore.study.figures import step_curves
+from ngcore.study.methods import Method
+from ngcore.study.plans import Plan, Runs
+from ngcore.study.run import Experiment, Job, Outcome
+from ngcore.study.runs import Record, RunError, tensor_digest
+from ngcore.study.tables import describe_scale
 from ngcore.tasks import meta_training
 from ngcore.tasks.optimization import FIRST_SEED, ImageTask, Task, train_network
 
-HAND_DESIGNED: dict[str, type[torch.optim.Optimizer]] = {"Adam": torch.optim.Adam}
-METHODS = (*HAND_DESIGNED, *LEARNED)
+LEARNED = meta_training.METHODS
+HAND_DESIGNED = {"Adam": Method(torch.optim.Adam, colour=7)}
+METHODS = HAND_DESIGNED | LEARNED
 Optimize = Callable[[nn.Module], torch.optim.Optimizer]
 
 
@@ -80,7 +88,8 @@ def optimizer_of(config: Config, example: Tensor) -> tuple[Optimize, str, int | 
         RunError: the meta-training run that is named is not there, or is of another method.
     """
     if config.method in HAND_DESIGNED:
-        return lambda network: HAND_DESIGNED[config.method](network.parameters(), lr=config.learning_rate), "", None
+        build = HAND_DESIGNED[config.method].build
+        return lambda network: build(network.parameters(), lr=config.learning_rate), "", None
     if config.weights == "shipped":
         rule, steps = shipped(config.method), provenance(config.method)["best_step"]
     else:
@@ -93,30 +102,41 @@ def optimizer_of(config: Config, example: Tensor) -> tuple[Optimize, str, int | 
     return lambda network: rule.bind(network, example), digest, steps
 
 
-def run(config: Config, on_epoch: Callable[[int, Record], None] = lambda step, scores: None) -> Record:
-    """The result of a run: read if it is stored, else trained and stored.
+@dataclass(frozen=True)
+class Training:
+    """What a run reads: the task, and what makes the optimizer, whose weights had so many outer steps."""
 
-    Metrics: as of `train_network`; `measured`, the steps of `accuracy`; `final_accuracy`; `outer_steps` that the
-    optimizer's weights had, None for hand-designed ones.
-    """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    task: Task
+    optimize: Optimize
+    outer_steps: int | None
+
+
+def load(config: Config, device: str) -> tuple[Training, str]:
+    """The task and the optimizer of a run, and a digest of both."""
     task = config.trained.task(config.held, device)
     optimize, digest, outer_steps = optimizer_of(config, task.example)
-    stored = StoredRun.of(config, task.digest + digest, cache_directory())
-    record = stored.result()
-    if record is not None:
-        return record
+    return Training(task, optimize, outer_steps), task.digest + digest
+
+
+def produce(config: Config, training: Training, job: Job) -> Outcome:
+    """Train one network.
+
+    Metrics: as `train_network`; `measured`, the steps of `accuracy`; `final_accuracy`; `outer_steps` that the
+    optimizer's weights had, None for hand-designed ones.
+    """
     started = time.monotonic()
     seed = FIRST_SEED[config.held] + config.seed
-    found = train_network(task, optimize, seed, config.steps, config.measured, config.curve_images)
-    seconds = time.monotonic() - started
+    found = train_network(training.task, training.optimize, seed, config.steps, config.measured, config.curve_images)
     metrics = found | {
         "measured": list(config.measured),
         "final_accuracy": found["accuracy"][-1],
-        "outer_steps": outer_steps,
+        "outer_steps": training.outer_steps,
     }
-    on_epoch(config.steps, {"train_loss": found["train_loss"][-1]})
-    return stored.finish(metrics, {}, environment(device) | {"train_seconds": round(seconds, 1)})
+    job.report(config.steps, {"train_loss": found["train_loss"][-1]})
+    return Outcome(metrics, {}, time.monotonic() - started)
+
+
+EXPERIMENT = Experiment(Config, METHODS, load, produce)
 
 
 def configs_of(
@@ -178,6 +198,33 @@ def best_learning_rate(records: Sequence[Record]) -> float:
     return max(scores, key=lambda rate: statistics.mean(scores[rate]))
 
 
+def having(records: Sequence[Record], **fields: Any) -> list[Record]:
+    """Those of some records whose configs have these fields, of the paper's own task where nothing else is said."""
+    expected = {"variation": "none"} | fields
+    return [r for r in records if all(r["config"][name] == value for name, value in expected.items())]
+
+
+def caption(what: str, records: Sequence[Record], profile: str, adam_rate: float) -> str:
+    """What a table shows, and the scale of its runs."""
+    scale = {"trained.train_images": "training images", "trained.test_images": "test images", "steps": "steps"}
+    outer = {r["config"]["method"]: r["metrics"]["outer_steps"] for r in records}
+    told = ", ".join(f"{method} {outer[method]}" for method in LEARNED if method in outer)
+    (batch,) = {r["config"]["trained"]["batch"] for r in records}
+    return (
+        f"{what} {describe_scale(records, profile, scale)} Batches of {batch}. Outer steps of "
+        f"meta-training on FashionMNIST, one seed: {told}. Learning rate of Adam: {adam_rate:g}."
+    )
+
+
+def draw_curves(records: Sequence[Record], axes: Sequence[Axes] | np.ndarray, window: int) -> None:
+    """Left the training loss, right the test accuracy, against the step."""
+    label = f"Training loss (mean of {window} steps)"
+    step_curves(records, axes[0], "train_loss", window=window, ylabel=label, methods=METHODS)
+    label = "Test accuracy (%)"
+    step_curves(records, axes[1], "accuracy", at="measured", scale=100, ylabel=label, methods=METHODS)
+    axes[0].get_legend().remove()
+
+
 def can_read(method: str, task: Task) -> bool:
     """Whether a method's optimizer is able to train the task's network: NFN's coefficients belong to certain layers."""
     if method in HAND_DESIGNED:
@@ -192,25 +239,96 @@ def can_read(method: str, task: Task) -> bool:
 COST_REPETITIONS = 20
 
 
-def cost_record(image_task: ImageTask, methods: Sequence[str]) -> Record:
-    """`cost` as a record that is kept beside those of the runs."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    task = image_task.task("test", device)
-    config = {
-        "task": "optimizer_cost",
-        "dataset": image_task.dataset,
-        "method": "all",
-        "seed": 0,
-        "trained": asdict(image_task),
-        "methods": list(methods),
-    }
-    return {
-        "hash": run_hash(config, task.digest),
-        "config": config,
-        "data": task.digest,
-        "metrics": {"cost": cost(task, methods).round(4).to_dict("records")},
-        "environment": environment(device) | {"train_seconds": 0.0},
-    }
+@dataclass(frozen=True)
+class CostConfig:
+    """What a step of every optimizer costs on a task's network."""
+
+    dataset: str
+    trained: ImageTask
+    methods: tuple[str, ...]
+    method: str = "all"
+    seed: int = 0
+    task: str = "optimizer_cost"
+
+
+COST_HEADINGS = {
+    "step_ms": "Step (ms)",
+    "of_task": "Share of the network's pass",
+    "of_adam": "Steps of Adam",
+    "step_mb": "Memory of a step (MB)",
+    "state_mb": "State (MB)",
+}
+
+
+def cost_table(records: Sequence[Record]) -> pd.DataFrame:
+    """What a step costs, also as a share of the network's pass, and in steps of Adam."""
+    parts = [pd.DataFrame(r["metrics"]["cost"]).assign(dataset=r["config"]["dataset"]) for r in records]
+    costs = pd.concat(parts, ignore_index=True)
+    adam = costs[costs["method"] == "Adam"].set_index("dataset")["step_ms"]
+    costs["of_task"] = (costs["step_ms"] / costs["task_ms"]).round(2)
+    costs["of_adam"] = (costs["step_ms"] / costs["dataset"].map(adam)).round(1)
+    return costs[["dataset", "method", *COST_HEADINGS]].round(2)
+
+
+def _load_cost(config: CostConfig, device: str) -> tuple[Task, str]:
+    task = config.trained.task("test", device)
+    return task, task.digest
+
+
+def _produce_cost(config: CostConfig, task: Task, job: Job) -> Outcome:
+    """Metrics: `cost`, the rows of the function of this name."""
+    return Outcome({"cost": cost(task, config.methods).round(4).to_dict("records")}, {}, 0.0)
+
+
+COST = Experiment(CostConfig, {}, _load_cost, _produce_cost)
+
+
+def image_tasks(parameters: Mapping[str, Any]) -> dict[str, ImageTask]:
+    """The tasks of a notebook's parameters, by data set."""
+    return {name: ImageTask(name, **_fields(own)) for name, own in parameters["tasks"].items()}
+
+
+def variations_of(parameters: Mapping[str, Any]) -> dict[str, ImageTask]:
+    """The variations of the FashionMNIST task, by name."""
+    fashion = image_tasks(parameters)["fashion_mnist"]
+    return {name: replace(fashion, **_fields(own)) for name, own in parameters["variations"].items()}
+
+
+def _fields(parameter: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in parameter.items()}
+
+
+def runs(parameters: Mapping[str, Any]) -> Runs:
+    """Meta-training; Adam's grid; then table 2 with its best rate, other networks, long training; what a step costs."""
+    p, tasks = parameters, image_tasks(parameters)
+    fashion = tasks["fashion_mnist"]
+    meta = yield [
+        meta_training.Config("fashion_mnist", method, p["meta_seed"], fashion, **p["meta"])
+        for method in p["meta_methods"]
+    ]
+    tuned = yield tuning_configs("Adam", fashion, p["adam_rates"], p["adam_seeds"], p["steps"])
+    weights = {method: "shipped" for method in p["methods"] if method in LEARNED}
+    if p["weights"] == "trained":
+        weights |= {record["config"]["method"]: record["hash"] for record in meta}
+    rate, curve = best_learning_rate(tuned), {name: p[name] for name in ("curve_every", "curve_images")}
+
+    def configs(methods: Sequence[str], tasks: Mapping[str, ImageTask], seeds: int, steps: int) -> list[Config]:
+        return configs_of(methods, tasks, seeds, weights, rate, steps=steps, **curve)
+
+    every = []
+    for name, task in tasks.items():
+        every += configs(p["methods"], {"none": task}, p["seeds"][name], p["steps"])
+    for name, task in variations_of(p).items():
+        readers = [method for method in p["variation_methods"] if can_read(method, task.task())]
+        every += configs(readers, {name: task}, p["variation_seeds"], p["steps"])
+    every += configs(p["long_methods"], {"none": fashion}, p["long_seeds"], p["long_steps"])
+    found = meta + tuned + (yield every)
+    for task in tasks.values():  # one after the other, with nothing beside it
+        found = found + (yield [CostConfig(task.dataset, task, tuple(p["methods"]))])
+    return found
+
+
+PLAN = Plan(runs, ("meta_training", "learning_to_optimize", "optimizer_cost"))
 
 
 def cost(task: Task, methods: Sequence[str]) -> pd.DataFrame:
@@ -224,7 +342,7 @@ def cost(task: Task, methods: Sequence[str]) -> pd.DataFrame:
     """
     networks = {method: task.network(0) for method in methods}
     optimizers = {
-        method: HAND_DESIGNED[method](network.parameters(), lr=1e-3)
+        method: HAND_DESIGNED[method].build(network.parameters(), lr=1e-3)
         if method in HAND_DESIGNED
         else LearnedOptimizer(method).to(task.inputs.device).bind(network, task.example)
         for method, network in networks.items()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -11,7 +12,9 @@ import torch.nn.functional as F
 
 from ngcore.data.inrs.sets import INRSet
 from ngcore.study.comparison import interval
+from ngcore.study.run import Experiment
 from ngcore.study.runs import Record
+from ngcore.study.training import by_training
 from ngcore.tasks import inr_classification
 
 EVALUATED = 500  # training INRs whose loss is measured after every epoch
@@ -41,9 +44,13 @@ class Losses(inr_classification.Classification):
         return F.cross_entropy(self.logits(inrs), inrs.labels).item()
 
 
-def run(config: Config, on_epoch: Callable[[int, Record], None] = lambda epoch, scores: None) -> Record:
-    """As of `inr_classification.run`."""
-    return inr_classification.run(config, on_epoch, Losses)
+EXPERIMENT = Experiment(
+    Config,
+    inr_classification.METHODS,
+    inr_classification.load,
+    by_training(partial(inr_classification.problem_of, problem=Losses)),
+    inr_classification.prepare,
+)
 
 
 def gap_at_equal_fit(record: Record, other: Record) -> float:

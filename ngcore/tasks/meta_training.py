@@ -18,7 +18,6 @@ of 0.87 to 0.99, for unrolls of 10, 30 and 100 steps, two networks each.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,12 +27,20 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ngcore.models.optimizers import BoundOptimizer, Layout, LearnedOptimizer
-from ngcore.study.runs import Record, RunError, StoredRun, cache_directory, environment, read_record
+from ngcore.study.methods import Method
+from ngcore.study.run import Experiment, Job, Outcome
+from ngcore.study.runs import Record, RunError, cache_directory, read_record
 from ngcore.study.training import DivergedError
 from ngcore.tasks.optimization import FIRST_SEED, ImageTask, Task, train_network
 
-# Steps that pass back through the optimizer together: as many as a processor's cache likes, or a GPU's memory.
-CPU_CHUNK = {"FF": 4, "LSTM": 4, "NFN": 4, "NG-GNN": 5, "NG-T": 2}
+# `chunk`: steps that pass back through the optimizer together, as many as a CPU's cache likes; on a GPU GPU_CHUNK.
+METHODS = {
+    "FF": Method(colour=2, chunk=4),
+    "LSTM": Method(colour=9, chunk=4),
+    "NFN": Method(colour=4, chunk=4),
+    "NG-GNN": Method(colour=0, chunk=5),
+    "NG-T": Method(colour=3, chunk=2),
+}
 GPU_CHUNK = 25
 CHECKPOINT_EVERY = 10  # outer steps
 
@@ -132,7 +139,7 @@ class MetaTraining:
         self.layout = Layout.of(task.network(0), *([task.example] if self.rule.context.reads_graph else []))
         self.rule.fit_normalization(self.layout)
         self.outer = torch.optim.Adam(self.rule.parameters(), lr=config.learning_rate)
-        self.chunk = CPU_CHUNK[config.method] if task.inputs.device.type == "cpu" else GPU_CHUNK
+        self.chunk = METHODS[config.method].chunk if task.inputs.device.type == "cpu" else GPU_CHUNK
         self.started = 0
         self.learners = [self.new_learner() for _ in range(config.networks)]
         for i, learner in enumerate(self.learners):  # so that they are not all given up at once
@@ -199,54 +206,59 @@ class MetaTraining:
         self.started = state["started"]
 
 
-def run(config: Config, on_epoch: Callable[[int, Record], None] = lambda step, scores: None) -> Record:
-    """The result of a run: read if it is stored, else trained (from its checkpoint, if there is one) and stored.
+def load(config: Config, device: str) -> tuple[Task, str]:
+    """The task on its validation images, and a digest of its data."""
+    task = config.trained_on.task("validation", device)
+    return task, task.digest
+
+
+def produce(config: Config, task: Task, job: Job) -> Outcome:
+    """Meta-train, or go on from the last checkpoint.
 
     Metrics: `meta_loss` of every outer step; `val_score`, the validations' accuracies, after `validated` outer steps;
     `best_step`, after which the stored weights were the best.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    task = config.trained_on.task("validation", device)
-    stored = StoredRun.of(config, task.digest, cache_directory())
-    record = stored.result()
-    if record is not None:
-        return record
     training = MetaTraining(config, task)
-    state = stored.checkpoint()
-    if state is None:
-        state = {
-            "step": 0,
-            "meta_loss": [],
-            "validated": [],
-            "val_score": [],
-            "best": {},
-            "best_step": 0,
-            "seconds": 0.0,
-        }
-    else:
-        training.load(state)
+    state = _resume(training, job)
     started = time.monotonic()
     while state["step"] < config.outer_steps:
+        job.execution.leave_in_time()
         loss = training.outer_step(state["step"])
         state["step"] += 1
         state["meta_loss"].append(round(loss, 5))
         scores = {"train_loss": loss}
         if state["step"] % config.validate_every == 0 or state["step"] == config.outer_steps:
-            score = training.validate()
-            if score > max(state["val_score"], default=-1.0):
-                state["best_step"] = state["step"]
-                state["best"] = {name: tensor.clone() for name, tensor in training.rule.state_dict().items()}
-            state["validated"].append(state["step"])
-            state["val_score"].append(score)
-            scores["val_score"] = score
+            scores["val_score"] = _validate(training, state)
         if state["step"] % CHECKPOINT_EVERY == 0 or "val_score" in scores:
             state["seconds"] += time.monotonic() - started
             started = time.monotonic()
-            stored.save_checkpoint(state | training.state())
-        on_epoch(state["step"] - 1, scores)
+            job.stored.save_checkpoint(state | training.state())
+        job.report(state["step"] - 1, scores)
     metrics = {name: state[name] for name in ("meta_loss", "validated", "val_score", "best_step")}
-    seconds = {"train_seconds": round(state["seconds"], 1)}
-    return stored.finish(metrics, state["best"], environment(device) | seconds)
+    return Outcome(metrics, state["best"], state["seconds"])
+
+
+def _resume(training: MetaTraining, job: Job) -> dict[str, Any]:
+    """Where a run stands: at its beginning, or at its last checkpoint."""
+    state = job.stored.checkpoint()
+    if state is not None:
+        training.load(state)
+        return state
+    return {"step": 0, "meta_loss": [], "validated": [], "val_score": [], "best": {}, "best_step": 0, "seconds": 0.0}
+
+
+def _validate(training: MetaTraining, state: dict[str, Any]) -> float:
+    """Enter a validation into a run's state, and the weights where they are the best so far; its score."""
+    score = training.validate()
+    if score > max(state["val_score"], default=-1.0):
+        state["best_step"] = state["step"]
+        state["best"] = {name: tensor.clone() for name, tensor in training.rule.state_dict().items()}
+    state["validated"].append(state["step"])
+    state["val_score"].append(score)
+    return score
+
+
+EXPERIMENT = Experiment(Config, METHODS, load, produce)
 
 
 def trained(name: str) -> tuple[LearnedOptimizer, Record]:

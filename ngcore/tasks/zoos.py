@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,10 +18,13 @@ from ngcore.data.zoos.cnn import Architecture
 from ngcore.data.zoos.populations import Population
 from ngcore.graph import NeuralGraph, Wiring
 from ngcore.graph.architectures import cnn
-from ngcore.graph.batch import Collection, Frame
+from ngcore.graph.collection import Collection
+from ngcore.graph.frame import Frame
 from ngcore.graph.pyg import Flatten
 from ngcore.models.baselines.stat_nn import statistics
-from ngcore.study.runs import Record, cache_directory, environment, run_hash, tensor_digest
+from ngcore.study.execution import Execution, default_workers
+from ngcore.study.run import Experiment, Job, Outcome
+from ngcore.study.runs import cache_directory, tensor_digest
 
 # Shares of the training runs that metanetworks train on and are selected on; the rest is for testing. Of CIFAR10-GS
 # half is, as in the paper; for the Wild Park it does not say.
@@ -50,14 +54,14 @@ class Zoo:
         """The networks; trained where they are not stored yet.
 
         Args:
-            workers: processes; None for one per core, or one where a GPU trains the networks.
+            workers: processes; None for one per core, or one where a GPU trains the networks of CIFAR10-GS.
             compiled: as of `cifar10_gs.generate_zoo`.
         """
-        cores = torch.get_num_threads()
         if isinstance(self.recipe, cifar10_gs.Recipe):
-            workers = workers or (1 if torch.cuda.is_available() else cores)
+            workers = workers or default_workers()
             return cifar10_gs.generate_zoo(self.recipe, self.runs, cache_directory(), workers, compiled=compiled)
-        return wild_park.generate_park(self.recipe, self.runs, cache_directory(), workers or cores)
+        workers = workers or torch.get_num_threads()
+        return wild_park.generate_park(self.recipe, self.runs, cache_directory(), workers)
 
 
 def wiring_of(architecture: Architecture, flatten: Flatten = "layer") -> Wiring:
@@ -158,21 +162,52 @@ def split_rows(table: pd.DataFrame) -> dict[str, Int[Tensor, " networks"]]:
     }
 
 
-def population_record(zoo: Zoo) -> Record:
-    """What figures show of a population, as a record that is kept beside those of the runs."""
-    networks = load((zoo,), False)
-    config = {"task": "cnn_zoos", "dataset": zoo.dataset, "method": "population", "seed": 0, "data": asdict(zoo)}
-    return {
-        "hash": run_hash(config, networks.digest),
-        "config": config,
-        "data": networks.digest,
-        "metrics": {
+def zoo_of(parameter: Mapping[str, Any], recipe: type) -> Zoo:
+    """The population of a notebook's parameter: `runs`, and the fields of its recipe."""
+    fields = dict(parameter)
+    return Zoo(fields.pop("runs"), recipe(**fields))
+
+
+def prepare(configs: Sequence[Any], execution: Execution) -> None:
+    """Train the populations that runs read, by all workers."""
+    for zoo in dict.fromkeys(zoo for config in configs for zoo in config.data):
+        zoo.population(workers=execution.workers, compiled=execution.compiles(zoo.dataset))
+
+
+@dataclass(frozen=True)
+class PopulationConfig:
+    """What figures show of a population."""
+
+    dataset: str
+    data: tuple[Zoo, ...]
+    method: str = "population"
+    seed: int = 0
+    task: str = "cnn_zoos"
+
+
+def population_config(zoo: Zoo) -> PopulationConfig:
+    return PopulationConfig(zoo.dataset, (zoo,))
+
+
+def _load(config: PopulationConfig, device: str) -> tuple[Networks, str]:
+    networks = load(config.data, False)
+    return networks, networks.digest
+
+
+def _shown(config: PopulationConfig, networks: Networks, job: Job) -> Outcome:
+    """Metrics: every network's accuracy and number of layers, and how many training runs left none."""
+    return Outcome(
+        {
             "accuracy": networks.table["accuracy"].round(4).tolist(),
             "layers": networks.table["layers"].tolist(),
-            "runs_without_networks": zoo.runs - networks.table["run"].nunique(),
+            "runs_without_networks": sum(zoo.runs for zoo in config.data) - networks.table["run"].nunique(),
         },
-        "environment": environment("cpu") | {"train_seconds": 0.0},  # of metanetworks
-    }
+        {},
+        0.0,
+    )
+
+
+EXPERIMENT = Experiment(PopulationConfig, {}, _load, _shown, prepare)
 
 
 def sizes_in_words(zoos: Sequence[Zoo]) -> str:
