@@ -217,7 +217,7 @@ def test_rows_of_epochs_train(row, monkeypatch):
 def test_both_sides_fit_inrs(monkeypatch):
     monkeypatch.setattr(command, "FIT_STEPS", 3)
     monkeypatch.setattr(command, "SINGLE_FIT_STEPS", 2)
-    monkeypatch.setattr(siren, "_compiled_step", lambda: siren._step)
+    monkeypatch.setattr(siren, "_compiled_step", lambda architecture: architecture.step)
     for factory, count in ((command.our_inr_fit, 3 * command.NUM_FITS), (command.plain_inr_fit, 2)):
         workload = factory()
         workload.run()

@@ -10,6 +10,7 @@ from ngcore.data.inrs import sets as inrs
 from ngcore.data.inrs import siren
 from ngcore.data.inrs.augment import Augmentation, rotation
 from ngcore.data.inrs.sets import INRSet, Recipe, fit_set, layer_statistics
+from ngcore.data.inrs.siren import Siren
 from ngcore.reference.inr import fit_one
 
 RECIPE = Recipe("mnist", "test", steps=3, learning_rate=1e-3)
@@ -56,6 +57,58 @@ def test_fit_agrees_with_one_network_at_a_time_in_float64():
         start = {name: values[i] for name, values in siren.unflatten(initial).items()}
         for name, values in fit_one(images[i], 40, 1e-3, start).items():
             torch.testing.assert_close(fit.parameters[name][i], values, rtol=0, atol=1e-9)
+
+
+def loss_by_autograd(architecture, flat, target, points):
+    """Mean squared error of one network, written anew."""
+    parameters = architecture.unflatten(flat.unsqueeze(0))
+    x, depth = points, len(architecture.sizes) - 1
+    for i in range(depth):
+        x = x @ parameters[f"layers.{i}.weight"][0].T + parameters[f"layers.{i}.bias"][0]
+        x = torch.sin(architecture.omega * x) if i < depth - 1 else x + 0.5
+    return ((x.T - target) ** 2).mean()
+
+
+ARCHITECTURES = [
+    Siren((2, 7, 1), 30.0),
+    Siren((2, 5, 6, 4, 1), 10.0),
+    Siren((3, 6, 5, 1), 20.0),
+    Siren((1, 4, 4, 1), 5.0),
+    Siren((2, 8, 8, 3), 30.0),
+]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
+def test_gradients_of_any_architecture_agree_with_autograd(architecture):
+    axes, values = architecture.sizes[0], architecture.sizes[-1]
+    flat, coordinates = architecture.initialize(range(3)).double(), siren.pixel_coordinates(4, axes).double()
+    target = torch.rand(3, values, 4**axes, dtype=torch.float64)
+    gradient, mse = architecture._gradient(flat, target, coordinates)
+    for i in range(3):
+        single = flat[i].clone().requires_grad_()
+        loss = loss_by_autograd(architecture, single, target[i], coordinates.T)
+        torch.testing.assert_close(mse[i], loss.detach(), rtol=1e-12, atol=0)
+        torch.testing.assert_close(gradient[i], torch.autograd.grad(loss, single)[0], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
+def test_any_architecture_fits_what_it_renders(architecture):
+    images = architecture.render(architecture.unflatten(architecture.initialize([7])), side=6)
+    shape = (1, *([3] if architecture.sizes[-1] == 3 else []), *(architecture.sizes[0] * (6,)))
+    assert images.shape == shape
+    start = architecture.initialize([8])
+    before, after = (architecture.fit(images, start, steps=n, learning_rate=1e-3).psnr.item() for n in (1, 60))
+    assert after > before + 1
+
+
+def test_volumes_are_rendered_in_the_order_of_their_memory():
+    x, y, z = siren.pixel_coordinates(3, 3).unflatten(1, (3, 3, 3))
+    assert x[1, 2].tolist() == y[1, :, 2].tolist() == z[:, 1, 2].tolist() == [-1, 0, 1]
+
+
+def test_a_siren_without_a_sine_layer_is_an_error():
+    with pytest.raises(ValueError, match=r"at least one sine layer .* \(2, 1\)"):
+        Siren((2, 1), 30.0)
 
 
 def test_each_fit_stops_at_40_db():
@@ -148,7 +201,7 @@ def test_a_damaged_shard_is_named(damage, tmp_path):
 
 
 def test_statistics_are_of_all_parameters_of_a_layer():
-    parameters = siren.unflatten(torch.randn(5, siren.NUM_PARAMETERS))
+    parameters = siren.unflatten(torch.randn(5, siren.INR.num_parameters))
     found = layer_statistics(INRSet(parameters, torch.zeros(5).long(), torch.arange(5), torch.zeros(5)))
     assert [name for name, _, _ in found] == list(siren.SHAPES)
     name, mean, std = found[2]
