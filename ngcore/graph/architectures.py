@@ -15,17 +15,18 @@ from ngcore.graph.wiring import Wiring
 
 
 def mlp(sizes: Sequence[int], activation: str = "relu") -> Wiring:
-    """Wiring of a multi-layer perceptron with parameters `layers.<i>.weight` and `layers.<i>.bias`.
+    """Wiring of a multi-layer perceptron with parameters `layers.<i>.weight` and `layers.<i>.bias`, as `trace` finds it.
 
     `sizes` counts the neurons from input to output; the activation follows every layer but the last.
     """
     if len(sizes) < 2:
         raise ValueError(f"an MLP needs at least an input and an output layer, got sizes {list(sizes)}")
     last = len(sizes) - 1
-    groups = [Group(sizes[0], "input", 0)]
+    groups = [Group(sizes[0], "input", 0, where="layers.0")]
     for i, size in enumerate(sizes[1:], start=1):
         role: Role = "output" if i == last else "hidden"
-        groups.append(Group(size, role, i, "identity" if i == last else activation, f"layers.{i - 1}.bias"))
+        module = f"layers.{i - 1}"
+        groups.append(Group(size, role, i, "identity" if i == last else activation, f"{module}.bias", where=module))
     blocks = tuple(Block(i, i + 1, f"layers.{i}.weight") for i in range(last))
     spaces = [Space(size, pinned=i in (0, last)) for i, size in enumerate(sizes)]
     axes: dict[str, tuple[Space, ...]] = {}
@@ -45,8 +46,7 @@ def cnn(
     pool: int = 1,
     flatten: Flatten = "layer",
 ) -> Wiring:
-    """Wiring of convolutions, average pooling and a linear layer; with global pooling (`pool` 1) equal to what `trace`
-    finds, without its time.
+    """Wiring of convolutions, average pooling and a linear layer, equal to what `trace` finds, without its time.
 
     Parameters are `layers.<i>.weight`, `layers.<i>.bias`, `fc.weight` and `fc.bias`.
 
@@ -72,7 +72,7 @@ def cnn(
         )
     if pool < 1 or flatten not in get_args(Flatten):
         raise ValueError(f"pool is at least 1 and flatten one of {get_args(Flatten)}, got {pool} and {flatten!r}")
-    groups = [Group(channels[0], "input", 0)]
+    groups = [Group(channels[0], "input", 0, where="layers.0")]
     blocks: list[Block] = []
     spaces = [Space(channels[0], pinned=True)]
     axes: dict[str, tuple[Space, ...]] = {}
@@ -80,17 +80,15 @@ def cnn(
         k, earlier = kernel_size[i], residual[i]
         if not (earlier == -1 or 0 <= earlier <= i - 2):
             raise ValueError(f"convolution {i} can add -1 (nothing) or a convolution from 0 to {i - 2}, not {earlier}")
-        groups.append(Group(targets, "hidden", i + 1, activation[i], f"layers.{i}.bias"))
+        groups.append(Group(targets, "hidden", i + 1, activation[i], f"layers.{i}.bias", where=f"layers.{i}"))
         size = (1, targets, sources, k * k)
         view = View(size, (targets * sources * k * k, sources * k * k, k * k, 1), 0)
         blocks.append(Block(i, i + 1, f"layers.{i}.weight", "convolution", view, kernel=(k, k)))
         spaces.append(Space(targets))
         if earlier >= 0:
             shared = min(channels[earlier + 1], targets)
-            nodes = range(shared)
-            blocks.append(
-                Block(earlier + 1, i + 1, None, "residual", groups=shared, source_nodes=nodes, target_nodes=nodes)
-            )
+            nodes = [None if shared == count else range(shared) for count in (channels[earlier + 1], targets)]
+            blocks.append(Block(earlier + 1, i + 1, None, "residual", None, shared, (), *nodes))
             unify(_first(spaces[earlier + 1], shared), _first(spaces[i + 1], shared))
         kernel = (Space(k, pinned=True), Space(k, pinned=True))
         axes[f"layers.{i}.weight"] = (spaces[i + 1], spaces[i], *kernel)
@@ -98,7 +96,7 @@ def cnn(
     if pool > 1:
         groups, blocks = _flattened(groups, blocks, pool**2, flatten)
     heads = [g for g, group in enumerate(groups) if group.locations is not None] or [layers]
-    groups.append(Group(classes, "output", 1 + groups[heads[0]].layer, "identity", "fc.bias"))
+    groups.append(Group(classes, "output", 1 + groups[heads[0]].layer, "identity", "fc.bias", where="fc"))
     if len(heads) == 1:
         blocks.append(Block(heads[0], len(groups) - 1, "fc.weight"))
     else:  # channels are the slower axis of the flattened ones
@@ -120,7 +118,7 @@ def _flattened(
     final, channels = len(others), last.size
     if flatten == "layer":
         places = tuple(range(locations)) * channels
-        virtual = Group(channels * locations, "hidden", last.layer + 1, locations=places)
+        virtual = Group(channels * locations, "hidden", last.layer + 1, where="fc", locations=places)
         sources = tuple(channel for channel in range(channels) for _ in range(locations))
         into = Block(final, final + 1, None, "flatten", groups=virtual.size, source_nodes=sources)
         return [*groups, virtual], [*blocks, into]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ngcore.graph.structure import Block, Group, Reference, Step
+from ngcore.graph.structure import Block, Group, Reference, Step, View
 from ngcore.graph.symmetry.group import Symmetry
 from ngcore.graph.symmetry.spaces import resolve
 from ngcore.graph.tracing.expressions import name_of
@@ -102,9 +102,19 @@ class Numbers:
         for g, nodes in ((block.source, block.source_nodes), (block.target, block.target_nodes)):
             number = int(self.group[g])
             new = self.neuron[self.reader.groups[g].start + torch.tensor(list(nodes))] - self.starts[number]
-            ends.append((number, as_nodes(new)))
+            size = self.starts[number + 1] - self.starts[number]
+            ends.append((number, None if torch.equal(new, torch.arange(size)) else as_nodes(new)))
         (source, sources), (target, targets) = ends
-        return replace(block, source=source, target=target, source_nodes=sources, target_nodes=targets)
+        view = None if block.weight is not None and block.view == whole(self.reader, block.weight) else block.view
+        return replace(block, source=source, target=target, source_nodes=sources, target_nodes=targets, view=view)
+
+
+def whole(reader: Reader, name: str) -> View | None:
+    """All of a parameter as a bias or as a block of edges, for which a wiring has no view."""
+    values = reader.slots[name]
+    if values.dim() not in (1, 2):
+        return None
+    return reader.view(name, values if values.dim() == 1 else values.unsqueeze(0))
 
 
 def _ids(value: Value) -> Tensor | None:
@@ -174,6 +184,7 @@ def _groups(reader: Reader, left: Sequence[Left], numbers: Numbers, blocks: Sequ
         layer = 1 + max((groups[p].layer for p in parents[g] if p < g), default=-1)
         role = "output" if g in outputs and group.role == "hidden" else group.role
         bias, view = group.bias or (None, None)
+        view = None if bias is not None and view == whole(reader, bias) else view
         groups.append(
             Group(
                 len(own.nodes), role, layer, own.activation, bias, view, group.where, group.tied, group.locations

@@ -270,7 +270,11 @@ class Reader:
         """Which elements of a parameter these are."""
         if values.untyped_storage()._cdata != self.slots[name].untyped_storage()._cdata:
             raise self.fail(f"parameter {name} is rearranged into new memory before it is used")
-        return View.of(values)
+        strides = list(values.stride())
+        for d in reversed(range(values.dim())):
+            if values.shape[d] == 1:  # of no effect: always the same
+                strides[d] = values.shape[d + 1] * strides[d + 1] if d + 1 < values.dim() else 1
+        return View(tuple(values.shape), tuple(strides), values.storage_offset())
 
     def place(self, name: str, view: View) -> bool:
         """Give elements of a parameter their place on the graph, unless they have one from an earlier use.
