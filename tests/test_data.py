@@ -9,7 +9,7 @@ from torch import nn
 from torch_geometric.data import Batch
 
 from ngcore.graph import mlp, trace
-from ngcore.graph.parameter_graph import EDGE_TYPES, NODE_TYPES, to_parameter_graph
+from ngcore.graph.dialects import EDGE_TYPES, NODE_TYPES, to_parameter_graph
 from ngcore.graph.pyg import ACTIVATIONS, EDGE_KINDS, kernel_places
 
 INPUT, HIDDEN, OUTPUT = 0, 1, 2

@@ -35,7 +35,7 @@ FLOORS = (
     {"structure", "states"},
     {"pyg", "symmetry"},
     {"wiring"},
-    {"architectures", "dialects", "frame", "batch", "collection", "tracing", "parameter_graph"},
+    {"architectures", "dialects", "frame", "batch", "collection", "tracing"},
     {"forward", "simulate", "draw", "message_passing"},
 )
 

@@ -2,7 +2,7 @@
 
 from ngcore.graph import draw  # noqa: F401  # shows small graphs as pictures in notebooks
 from ngcore.graph.architectures import cnn, mlp
-from ngcore.graph.parameter_graph import to_parameter_graph
+from ngcore.graph.dialects import to_parameter_graph
 from ngcore.graph.structure import Block, Group
 from ngcore.graph.tracing import TraceError, rule, trace
 from ngcore.graph.wiring import NeuralGraph, Wiring

@@ -17,7 +17,10 @@ from ngcore.graph.structure import Block, Group, edge_index
 
 # What the integers in `Data` stand for. New names go before "other", the last: stored models index into these.
 ROLES = ("input", "hidden", "output")
-EDGE_KINDS = ("linear", "convolution", "normalization", "embedding", "residual", "flatten", "product", "other")
+EDGE_KINDS = (
+    *("linear", "convolution", "normalization", "embedding", "residual", "flatten", "product"),
+    *("bias", "gamma", "beta", "other"),
+)
 
 Linear = Literal["linear", "convolution"]
 Direction = Literal["forward", "reversed", "both", "sum"]

@@ -17,7 +17,7 @@ from torch_geometric.utils import to_dense_adj
 
 from ngcore.data.images.subsets import load_images
 from ngcore.graph import NeuralGraph, Wiring
-from ngcore.graph.parameter_graph import to_parameter_graph
+from ngcore.graph.dialects import to_parameter_graph
 from ngcore.graph.simulate import simulate
 from ngcore.study.runs import cache_directory
 
@@ -180,11 +180,11 @@ def places(wiring: Wiring) -> Tensor:
     state, first = {}, 2  # 0 and 1 are on the graph anyway
     for name, shape in wiring.shapes.items():
         count = math.prod(shape)
-        state[name] = torch.arange(first, first + count).view(shape)
+        state[name] = torch.arange(first, first + count, dtype=torch.float64).view(shape)
         first += count
     graph = wiring.graph(state)
-    laid = torch.cat([values.flatten() for values in (*graph.nodes, *graph.edges)])
-    return torch.bincount(laid, minlength=first)[2:]
+    found = torch.cat([values.flatten() for values in (*graph.nodes, *graph.edges)]).long()
+    return torch.bincount(found, minlength=first)[2:]
 
 
 def draw_matrix(graph: NeuralGraph, ax: Axes) -> AxesImage:
