@@ -42,7 +42,7 @@ def some_networks():
 
 
 def a_run(directory):
-    return runs.StoredRun(directory, {"task": "writing"}, "no data")
+    return runs.StoredRun(directory, {"task": "writing"}, {"task": "writing"}, "no data")
 
 
 WEIGHTS = {"weight": torch.zeros(100, 100)}
