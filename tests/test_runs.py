@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,15 +13,17 @@ import pytest
 import torch
 
 from ngcore.data.inrs.augment import Augmentation
-from ngcore.study import runs
-from ngcore.study.executor import RunsFailed, execute_all
-from ngcore.study.runs import RunError, StoredRun, read_record
+from ngcore.study import runs, training
+from ngcore.study.execution import Execution
+from ngcore.study.executor import RunsFailed
+from ngcore.study.runs import RunError, StoredRun, identity, read_record, run_hash
 from ngcore.study.training import DivergedError, Schedule, learning_rate
+from ngcore.tasks import execute, execute_all, inr_sets
 from ngcore.tasks import inr_classification as task
-from ngcore.tasks import inr_sets
 
 DATA = inr_sets.INRData("mnist", train=16, validation=8, test=8, steps=3, learning_rate=1e-3)
-SCHEDULE = Schedule(epochs=3, batch=4, warmup=2, decay=True, micro_batch=2)
+SCHEDULE = Schedule(epochs=3, batch=4, warmup=2, decay=True)
+PAIRS = Execution(micro_batch=2)
 CONFIG = task.Config("mnist", "NG-GNN", 2, 0, DATA, SCHEDULE, Augmentation())
 
 
@@ -42,15 +43,15 @@ def numbers(record):
 
 
 def test_a_run_is_stored_and_found_again(cache, monkeypatch):
-    record = task.run(CONFIG)
+    record = execute(CONFIG)
     assert set(path.name for path in stored_run(cache).iterdir()) == {"result.json", "weights.safetensors"}
     assert len(record["metrics"]["train_loss"]) == 3
-    monkeypatch.setattr(task, "train", lambda *_: pytest.fail("trained again"))
-    assert task.run(CONFIG) == record
+    monkeypatch.setattr(training, "train", lambda *_: pytest.fail("trained again"))
+    assert execute(CONFIG) == record
 
 
 def test_the_stored_weights_give_the_stored_numbers(cache):
-    record = task.run(CONFIG)
+    record = execute(CONFIG)
     sets, digest = inr_sets.load_data(DATA, "cpu")
     problem = task.Classification(task.build_model("NG-GNN", 2).eval(), sets, None)
     problem.model.load_state_dict(StoredRun.of(CONFIG, digest, cache).weights())
@@ -59,9 +60,9 @@ def test_the_stored_weights_give_the_stored_numbers(cache):
 
 
 def test_seeds_and_data_make_other_runs(cache):
-    first = task.run(CONFIG)
-    other = task.run(replace(CONFIG, seed=1))
-    more = task.run(replace(CONFIG, data=replace(DATA, train=12)))
+    first = execute(CONFIG)
+    other = execute(replace(CONFIG, seed=1))
+    more = execute(replace(CONFIG, data=replace(DATA, train=12)))
     assert len({first["hash"], other["hash"], more["hash"]}) == 3
     assert first["metrics"]["train_loss"] != other["metrics"]["train_loss"]
 
@@ -70,7 +71,7 @@ SCRIPT = """
 import os, signal, sys
 from ngcore import files
 from ngcore.study import runs, training
-from tests.test_runs import CONFIG, inr_sets, task
+from tests.test_runs import CONFIG, PAIRS, execute, inr_sets, task
 
 target, count = sys.argv[1], [0]
 
@@ -91,7 +92,7 @@ elif target == "write":    # the second checkpoint is written but not yet in pla
 elif target == "result":   # the weights are stored, the result is not
     inr_sets.load_data(CONFIG.data, "cpu")
     kill_at(files.os, "replace", 5)
-task.run(CONFIG)
+execute(CONFIG, PAIRS)
 """
 
 
@@ -105,31 +106,31 @@ def test_a_killed_run_goes_on_to_the_same_numbers(moment, cache, tmp_path, monke
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (stored_run(cache) / "result.json").exists()
     assert (stored_run(cache) / "checkpoint.pt").exists()
-    resumed = task.run(CONFIG)
+    resumed = execute(CONFIG, PAIRS)
     inr_sets.load_data.cache_clear()
     monkeypatch.setenv("NGCORE_CACHE", str(tmp_path / "another"))
-    assert numbers(resumed) == numbers(task.run(CONFIG))
+    assert numbers(resumed) == numbers(execute(CONFIG, PAIRS))
 
 
 def test_processes_give_the_same_numbers_as_this_one(cache, tmp_path, monkeypatch):
     configs = [CONFIG, replace(CONFIG, method="MLP", probes=0)]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    here = [numbers(task.run(config)) for config in configs]
+    here = [numbers(execute(config)) for config in configs]
     torch.set_num_threads(threads)
     monkeypatch.setenv("NGCORE_CACHE", str(tmp_path / "another"))
-    assert [numbers(record) for record in execute_all(task.run, configs, workers=2)] == here
+    assert [numbers(record) for record in execute_all(configs, Execution(workers=2))] == here
 
 
 def test_one_failing_run_does_not_lose_the_others(cache):
     broken = replace(CONFIG, method="NG-XYZ")
     with pytest.raises(RunsFailed, match=r"1 of 2 runs failed(.|\n)*unknown method 'NG-XYZ'"):
-        execute_all(task.run, [CONFIG, broken], workers=2)
+        execute_all([CONFIG, broken], Execution(workers=2))
     assert (stored_run(cache) / "result.json").exists()
 
 
 def test_no_runs_are_no_work():
-    assert execute_all(task.run, []) == []
+    assert execute_all([]) == []
 
 
 def test_a_diverging_run_is_named_and_keeps_its_checkpoint(cache, monkeypatch):
@@ -142,19 +143,19 @@ def test_a_diverging_run_is_named_and_keeps_its_checkpoint(cache, monkeypatch):
     original = task.Classification.loss
     monkeypatch.setattr(task.Classification, "loss", nan_in_the_second_epoch)
     with pytest.raises(DivergedError, match=r"diverged in epoch 1 .*'NG-GNN'"):
-        task.run(CONFIG)
+        execute(CONFIG, PAIRS)
     assert torch.load(stored_run(cache) / "checkpoint.pt", weights_only=True)["epoch"] == 1
 
 
 @pytest.mark.parametrize("schedule", [replace(SCHEDULE, batch=17), replace(SCHEDULE, epochs=0)])
 def test_nothing_to_train_is_an_error(schedule):
     with pytest.raises(ValueError, match=r"nothing to train: . epochs of 16 networks"):
-        task.run(replace(CONFIG, schedule=schedule))
+        execute(replace(CONFIG, schedule=schedule))
 
 
 @pytest.mark.parametrize("change", ["config", "name", "text"])
 def test_a_record_that_is_not_what_it_says_is_refused(change, cache):
-    task.run(CONFIG)
+    execute(CONFIG)
     path = stored_run(cache) / "result.json"
     record = json.loads(path.read_text())
     if change == "config":
@@ -180,15 +181,125 @@ def test_a_damaged_checkpoint_is_named(cache):
         stored.checkpoint()
 
 
+# Identity
+
+
+def test_how_a_run_is_executed_is_no_part_of_it(cache):
+    record = execute(CONFIG, Execution(micro_batch=2))
+    assert record["environment"]["micro_batch"] == 2
+    assert record["environment"]["compiled"] is False
+    assert not {"micro_batch", "compiled"} & set(record["config"]["schedule"])
+    assert execute(CONFIG, Execution(micro_batch=1, compiled=("NG-GNN",), workers=3)) == record
+
+
+def test_on_a_cpu_a_method_has_the_micro_batch_that_suits_it(cache):
+    assert execute(CONFIG)["environment"]["micro_batch"] == task.METHODS["NG-GNN"].micro_batch > 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    steps: int
+    rate: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Before:
+    seed: int
+    recipe: Recipe
+    recipes: tuple[Recipe, ...] = ()
+    task: str = "t"
+
+
+def with_field(old: type, **defaults) -> type:
+    """The dataclass with new fields that have defaults."""
+    new = [(name, type(value), dataclasses.field(default=value)) for name, value in defaults.items()]
+    return dataclasses.make_dataclass(old.__name__, new, bases=(old,), frozen=True)
+
+
+def test_a_new_field_with_a_default_orphans_nothing():
+    """In a config, and in what it holds, alone or in a list."""
+    old = Before(0, Recipe(3), (Recipe(4, 0.2),))
+    after, recipe = with_field(Before, augmented=False), with_field(Recipe, momentum=0.9)
+    new = after(0, recipe(3), (recipe(4, 0.2),))
+    assert (
+        identity(new)
+        == identity(old)
+        == {
+            "task": "t",
+            "seed": 0,
+            "recipe": {"steps": 3},
+            "recipes": [{"steps": 4, "rate": 0.2}],
+        }
+    )
+    assert run_hash(identity(new), "data") == run_hash(identity(old), "data")
+    for changed in (replace(new, augmented=True), replace(new, recipe=recipe(3, momentum=0.5)), replace(new, seed=1)):
+        assert run_hash(identity(changed), "data") != run_hash(identity(old), "data")
+    assert run_hash(identity(old), "other data") != run_hash(identity(old), "data")
+
+
+def test_a_record_of_a_config_that_has_grown_since_is_still_read(cache):
+    record = execute(CONFIG)
+    path = stored_run(cache) / "result.json"
+    path.write_text(json.dumps(record | {"config": {**record["config"], "new": False}}))
+    assert read_record(path)["config"]["new"] is False
+
+
+# Code, and what is published
+
+
+def committed(record, commit="abc1234"):
+    return record | {"environment": record["environment"] | {"commit": commit}}
+
+
 def test_published_records_are_checked_and_filtered(tmp_path):
-    record = task.run(CONFIG)
+    record = committed(execute(CONFIG))
     runs.publish([record], tmp_path / "results")
-    assert runs.published(tmp_path / "results", "inr_classification") == [record]
-    another = task.run(replace(CONFIG, seed=1))
+    assert runs.published(tmp_path / "results", ["inr_classification"]) == [record]
+    another = committed(execute(replace(CONFIG, seed=1)))
     runs.publish([another], tmp_path / "results")  # in place of the first
-    assert runs.published(tmp_path / "results", "inr_classification") == [another]
+    assert runs.published(tmp_path / "results", ["inr_classification", "t"]) == [another]
     with pytest.raises(RunError, match="no stored runs of dilation"):
-        runs.published(tmp_path / "results", "dilation")
+        runs.published(tmp_path / "results", ["dilation"])
+
+
+def test_records_of_code_that_is_not_committed_are_not_published(tmp_path, capsys):
+    first = committed(execute(CONFIG))
+    runs.publish([first], tmp_path)
+    second = execute(replace(CONFIG, seed=1))
+    runs.publish([committed(first), committed(second, "abc1234-dirty")], tmp_path)
+    told = capsys.readouterr().out.splitlines()
+    assert told == ["not published: inr_classification on mnist: 1 of the runs are of code that is not committed"]
+    assert runs.read_records(tmp_path) == [first]
+
+
+def git(directory, *arguments):
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", *who, *arguments], cwd=directory, check=True, capture_output=True)
+
+
+def test_only_changes_of_the_package_make_a_commit_dirty(tmp_path):
+    package = tmp_path / "ngcore"
+    package.mkdir()
+    git(tmp_path, "init")
+    (package / "a.py").write_text("x = 1\n")
+    (tmp_path / "figure.csv").write_text("1\n")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-m", "first")
+    commit, digest = runs.commit.__wrapped__(package), runs.sources_digest.__wrapped__(package)
+    assert len(commit) >= 7
+    (tmp_path / "figure.csv").write_text("2\n")
+    (tmp_path / "new.csv").write_text("2\n")
+    assert runs.commit.__wrapped__(package) == commit
+    (package / "b.py").write_text("y = 1\n")
+    assert runs.commit.__wrapped__(package) == f"{commit}-dirty"
+    assert runs.sources_digest.__wrapped__(package) != digest
+    (package / "b.py").unlink()
+    assert runs.sources_digest.__wrapped__(package) == digest
+
+
+def test_outside_of_a_checkout_the_commit_is_unknown_and_the_sources_are_not(tmp_path, cache):
+    assert runs.commit.__wrapped__(tmp_path) == "unknown"
+    assert execute(CONFIG)["environment"]["sources"] == runs.sources_digest()
 
 
 def test_probes_for_a_method_without_them_are_an_error():
@@ -201,15 +312,11 @@ def test_the_table_has_the_papers_rows():
         DATA,
         SCHEDULE,
         seeds={0: 2, 4: 1, 16: 1, 64: 2},
-        micro_batch={"NG-T": 4},
-        compiled=["NG-GNN"],
         dropout=0.1,
         augmentation=None,
     )
     assert len({(c.method, c.probes) for c in configs}) == 11
     assert len(configs) == 3 * 2 + 2 * (2 + 1 + 1 + 2)
-    assert {c.schedule.micro_batch for c in configs if c.method == "NG-T"} == {4}
-    assert {c.schedule.compiled for c in configs if c.method == "NG-GNN"} == {True}
     variants = task.recipe_configs(configs, "smooth", [("NG-GNN", 0, 2), ("NG-T", 64, 1)])
     rows = [(v.method, v.probes, v.seed, v.recipe) for v in variants]
     assert rows == [("NG-GNN", 0, 0, "smooth"), ("NG-GNN", 0, 1, "smooth"), ("NG-T", 64, 0, "smooth")]
@@ -218,8 +325,7 @@ def test_the_table_has_the_papers_rows():
 
 @pytest.mark.parametrize("recipe", task.RECIPES)
 def test_every_recipe_differs_from_the_tables_in_what_it_names_alone(recipe):
-    settings = {"micro_batch": {}, "compiled": [], "dropout": 0.1}
-    (plain,) = task.row_configs(DATA, replace(SCHEDULE, decay=True), "NG-GNN", 0, 1, **settings)
+    (plain,) = task.row_configs(DATA, replace(SCHEDULE, decay=True), "NG-GNN", 0, 1, dropout=0.1)
     (config,) = task.recipe_configs([plain], recipe, [("NG-GNN", 0, 1)])
     fields = dataclasses.asdict(config) | dataclasses.asdict(config.schedule) | dict(config.options)
     before = dataclasses.asdict(plain) | dataclasses.asdict(plain.schedule) | dict(plain.options)
@@ -229,7 +335,7 @@ def test_every_recipe_differs_from_the_tables_in_what_it_names_alone(recipe):
 
 
 def test_recipes_and_rows_that_are_not_there_are_errors():
-    (config,) = task.row_configs(DATA, SCHEDULE, "NG-GNN", 16, 1, micro_batch={}, compiled=[], dropout=0.1)
+    (config,) = task.row_configs(DATA, SCHEDULE, "NG-GNN", 16, 1, dropout=0.1)
     with pytest.raises(ValueError, match="unknown recipe 'salt'; there are smooth, canonical signs"):
         task.recipe_configs([config], "salt", [])
     with pytest.raises(ValueError, match="'smooth' asks for 2 seeds of NG-GNN with 16 probe features, the table has 1"):
@@ -245,37 +351,3 @@ def test_learning_rates():
     assert max(decayed) == decayed[4] == 2.0
     assert decayed[7] == pytest.approx(1.0)
     assert decayed[10] == pytest.approx(0.0)
-
-
-ENDLESS = """
-import os, sys, time
-from pathlib import Path
-from ngcore.study.executor import execute_all
-
-def run(path, on_epoch):
-    Path(path).write_text(str(os.getpid()))
-    time.sleep(600)
-
-if __name__ == "__main__":
-    execute_all(run, [sys.argv[1]], workers=1)
-"""
-
-
-def test_workers_end_with_a_killed_parent(tmp_path):
-    (tmp_path / "endless.py").write_text(ENDLESS)
-    told = tmp_path / "pid"
-    parent = subprocess.Popen([sys.executable, str(tmp_path / "endless.py"), str(told)], stderr=subprocess.DEVNULL)
-
-    def wait_for(condition):
-        for _ in range(300):
-            if condition():
-                return True
-            time.sleep(0.1)
-        return False
-
-    assert wait_for(lambda: told.exists() and told.read_text())
-    parent.kill()
-    parent.wait()
-    state = ["ps", "-o", "state=", "-p", told.read_text()]  # nothing, or a zombie that nobody has asked for
-    ended = wait_for(lambda: subprocess.run(state, capture_output=True, text=True).stdout.strip() in ("", "Z"))
-    assert ended

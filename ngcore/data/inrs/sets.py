@@ -8,10 +8,8 @@ it was at.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +24,7 @@ from tqdm import tqdm
 from ngcore.data.images.subsets import Images, load_images
 from ngcore.data.inrs import siren
 from ngcore.files import write_atomically
-from ngcore.processes import pool
+from ngcore.processes import completed, in_turn
 
 MAX_IMAGES = 100_000  # more than any split holds
 SHARD = 256  # networks per file
@@ -189,19 +187,7 @@ def fit_set(
     paths = [directory / f"{shard[0]:06d}_{shard[-1]:06d}.safetensors" for shard in rows]
     missing = {path: shard for path, shard in zip(paths, rows, strict=True) if not path.exists()}
     work = {path: _batches(recipe, images, shard, device, compiled) for path, shard in missing.items()}
-    title = f"fitting {recipe.dataset} INRs ({recipe.split})"
-    total = sum(len(shard) for shard in missing.values())
-    with tqdm(total=total, desc=title, unit="INR", disable=not missing) as bar, _pool(workers) as execute:
-        fitted, psnr = 0, 0.0
-        parts = execute(_Batch.fit, [batch for batches in work.values() for batch in batches])
-        for path, batches in work.items():
-            shard = []
-            for part in itertools.islice(parts, len(batches)):
-                shard.append(part)
-                fitted, psnr = fitted + len(part), psnr + part.psnr.sum().item()
-                bar.update(len(part))
-                bar.set_postfix_str(f"mean PSNR {psnr / fitted:.2f} dB")
-            _write_shard(path, _concatenate(shard))
+    _fit_and_store(work, workers, f"fitting {recipe.dataset} INRs ({recipe.split})")
     inrs = _concatenate([_read_shard(path) for path in paths])
     if not (torch.equal(inrs.index, images.index) and torch.equal(inrs.labels, images.labels)):
         raise ValueError(
@@ -210,14 +196,21 @@ def fit_set(
     return inrs
 
 
-@contextmanager
-def _pool(workers: int) -> Iterator[Callable[..., Iterator[INRSet]]]:
-    """`map` over single-threaded processes, or in this process for one worker."""
-    if workers == 1:
-        yield map
-        return
-    with pool(workers) as processes:
-        try:
-            yield processes.map
-        finally:
-            processes.shutdown(cancel_futures=True)
+def _fit_and_store(work: Mapping[Path, list[_Batch]], workers: int, title: str) -> None:
+    """Fit all batches and write every shard as soon as its own are fitted."""
+    batches = [(path, batch) for path, own in work.items() for batch in own]
+    items = [(batch,) for _, batch in batches]
+    parts: dict[Path, dict[int, INRSet]] = {path: {} for path in work}
+    fitted, psnr = 0, 0.0
+    ended = in_turn(_Batch.fit, items) if workers == 1 else completed(_Batch.fit, items, workers)
+    total = sum(len(batch.images) for _, batch in batches)
+    with tqdm(total=total, desc=title, unit="INR", disable=not work) as bar:
+        for number, future in ended:
+            path, part = batches[number][0], future.result()
+            parts[path][number] = part
+            fitted, psnr = fitted + len(part), psnr + part.psnr.sum().item()
+            bar.update(len(part))
+            bar.set_postfix_str(f"mean PSNR {psnr / fitted:.2f} dB")
+            if len(parts[path]) == len(work[path]):
+                own = parts.pop(path)
+                _write_shard(path, _concatenate([own[i] for i in sorted(own)]))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from tqdm import tqdm
 
 from ngcore.data.zoos.cnn import Architecture
 from ngcore.files import write_atomically
-from ngcore.processes import pool
+from ngcore.processes import completed
 
 REQUIRED = ("network", "run", "accuracy")
 LARGEST = 1e6  # a parameter beyond it is one that diverged, and would spoil the statistics of all networks
@@ -187,20 +186,16 @@ def _make_all(makers: Mapping[Path, Callable[[], Checkpoints]], workers: int, ti
     """Make and store parts in other processes; those that failed, and why."""
     failures: dict[Path, BaseException] = {}
     accuracies: list[float] = []
-    with tqdm(total=len(makers), desc=title, unit="part") as bar, pool(workers) as processes:
-        try:
-            futures = {processes.submit(_make, maker, path): path for path, maker in makers.items()}
-            for future in as_completed(futures):
-                bar.update()
-                if future.exception() is not None:
-                    failures[futures[future]] = future.exception()
-                    continue
-                accuracies += future.result()
-                mean = sum(accuracies) / max(1, len(accuracies))
-                bar.set_postfix_str(f"{len(accuracies)} networks, mean accuracy {mean:.3f}")
-        except BaseException:  # the stop button: let go of the parts that wait
-            processes.shutdown(wait=False, cancel_futures=True)
-            raise
+    work = [(maker, path) for path, maker in makers.items()]
+    with tqdm(total=len(work), desc=title, unit="part") as bar:
+        for number, future in completed(_make, work, workers):
+            bar.update()
+            if future.exception() is not None:
+                failures[work[number][1]] = future.exception()
+                continue
+            accuracies += future.result()
+            mean = sum(accuracies) / max(1, len(accuracies))
+            bar.set_postfix_str(f"{len(accuracies)} networks, mean accuracy {mean:.3f}")
     return failures
 
 
