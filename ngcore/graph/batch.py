@@ -37,7 +37,7 @@ class Ends:
     tensor: int
     nodes: Int[Tensor, "blocks n"] | None = None
 
-    def of(self, states: Sequence[Float[Tensor, "copies _ width"]]) -> Float[Tensor, "copies*blocks n width"]:
+    def of(self, states: Sequence[Float[Tensor, "copies _ width"]]) -> Float[Tensor, "_ _ width"]:
         """Their states."""
         own = states[self.tensor]
         return own if self.nodes is None else own[:, self.nodes].flatten(0, 1)
@@ -110,7 +110,7 @@ class GraphBatch:
     inputs: Int[Tensor, "union inputs"]
     outputs: Int[Tensor, "union outputs"]
     sizes: Int[Tensor, " union"]
-    graphs: Sequence[tuple[Int[Tensor, " some"], NeuralGraph]] = field(repr=False)
+    graphs: Sequence[tuple[Tensor, NeuralGraph]] = field(repr=False)
     is_static: bool = True
     parts: Int[Tensor, " parts"] | None = None
     first_part: Int[Tensor, " networks"] | None = None
@@ -136,7 +136,7 @@ class GraphBatch:
         return torch.where((places >= 0).repeat(self.copies, 1).unsqueeze(2), found, 0)
 
     def on_graphs(
-        self, nodes: Float[Tensor, "copies nodes k"], edges: Sequence[Float[Tensor, "blocks targets sources _"]]
+        self, nodes: Float[Tensor, "copies nodes k"], edges: Sequence[Float[Tensor, "_ _ _ _"]]
     ) -> tuple[NeuralGraph, ...]:
         """Numbers for every node and edge as graphs, one for each of `graphs`; those of kernels' places alone stay.
 
@@ -164,7 +164,7 @@ class GraphBatch:
         return tuple(found)
 
     def _on_graph(
-        self, wiring: Wiring, nodes: Sequence[Tensor], edges: Sequence[Float[Tensor, "n blocks targets sources _"]]
+        self, wiring: Wiring, nodes: Sequence[Tensor], edges: Sequence[Float[Tensor, "n _ _ _ _"]]
     ) -> NeuralGraph:
         own = []
         for block, values in zip(wiring.blocks, edges, strict=True):

@@ -61,7 +61,7 @@ class PerParameterHead(nn.Module):
         self,
         batch: GraphBatch,
         nodes: Float[Tensor, "copies nodes node_numbers"],
-        edges: Sequence[Float[Tensor, "blocks targets sources edge_numbers"]],
+        edges: Sequence[Float[Tensor, "_ _ _ edge_numbers"]],
     ) -> NeuralGraph | tuple[NeuralGraph, ...]:
         """From what `node` and `edge` give: one graph where all networks share a wiring, else one for each of
         `batch.graphs`."""

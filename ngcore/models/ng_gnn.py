@@ -235,8 +235,8 @@ class Neighbours:
     """How many messages every node of a batch gets, per node tensor: the number to divide by, and PNA's amplification
     log(degree + 1) / δ."""
 
-    degrees: tuple[Float[Tensor, "n 1"], ...]
-    scalers: tuple[Float[Tensor, "n 1"], ...]
+    degrees: tuple[Float[Tensor, "_ 1"], ...]
+    scalers: tuple[Float[Tensor, "_ 1"], ...]
 
     @classmethod
     def of(cls, batch: GraphBatch, directions: str, mean_log_degree: Tensor) -> Neighbours:
@@ -252,7 +252,7 @@ def degrees(batch: GraphBatch, directions: str) -> Float[Tensor, " nodes"]:
 
 
 def propagate(
-    layers: Sequence[PNALayer],
+    layers: nn.ModuleList,
     nodes: tuple[Tensor, ...],
     edges: tuple[Tensor, ...],
     pending: tuple[Affine | None, Affine | None],

@@ -287,7 +287,7 @@ def pair_states(
     places: Places,
     pairs: tuple[Pairs, ...] | None,
     common: Float[Tensor, " edge"],
-    own: Sequence[Float[Tensor, "blocks t s edge"]],
+    own: Sequence[Float[Tensor, "_ _ _ edge"]],
 ) -> Float[Tensor, "networks size size edge"]:
     """States of all pairs (target, source): `common`, and where there are edges their own added to it."""
     states = common.expand(batch.num_networks, places.size, places.size, len(common))
@@ -319,11 +319,11 @@ def pair_index(batch: GraphBatch, places: Places) -> tuple[Int[Tensor, "copies e
 
 
 def transform(
-    layers: Sequence[NGTLayer],
+    layers: nn.ModuleList,
     batch: GraphBatch,
     nodes: Float[Tensor, "copies nodes node"],
     common: Float[Tensor, " edge"],
-    own: Sequence[Float[Tensor, "blocks targets sources edge"]],
+    own: Sequence[Float[Tensor, "_ _ _ edge"]],
     read: slice | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """All layers, on first states of nodes and of pairs: `common`, and where there are edges their own added to it.
@@ -354,7 +354,7 @@ def transform(
 
 def of_stacks(
     states: Float[Tensor, "networks size size edge"], batch: GraphBatch, places: Places
-) -> tuple[Float[Tensor, "blocks targets sources edge"], ...]:
+) -> tuple[Float[Tensor, "_ _ _ edge"], ...]:
     """The states of edges among those of all pairs, stack by stack."""
     shapes = [stack.weights.shape[1:4] for stack in batch.stacks]
     found = states[pair_index(batch, places)].split([math.prod(shape) for shape in shapes], dim=1)
@@ -455,7 +455,7 @@ class NGT(nn.Module):
         present = (batch.outputs >= 0).repeat(batch.copies, 1).unsqueeze(2)
         return torch.where(present, nodes, 0)
 
-    def _first_edges(self, batch: GraphBatch) -> tuple[Float[Tensor, " edge"], list[Float[Tensor, "blocks t s edge"]]]:
+    def _first_edges(self, batch: GraphBatch) -> tuple[Float[Tensor, " edge"], list[Float[Tensor, "_ _ _ edge"]]]:
         """First state of all pairs that no weight joins, and by how much those of the blocks differ from it.
 
         Where there is no edge the Fourier features are masked out."""

@@ -80,37 +80,66 @@ def train(problem: Problem, schedule: Schedule, seed: int, job: Job) -> Outcome:
         DivergedError: names the run and the epoch; the last checkpoint stays.
         OutOfTime: the next epoch would pass the deadline; the last checkpoint stays.
     """
+    started, model = time.monotonic(), problem.model
+    optimizer = optimizer_of(model, schedule)
+    state = _resume(job.stored, model, optimizer)
+    if job.compiled and hasattr(model, "compile_parts"):
+        model.compile_parts()
+    leave = lambda epoch: job.execution.leave_in_time(state["seconds"] / max(1, epoch))  # noqa: E731
+    for epoch, scores in epochs(problem, schedule, seed, state, optimizer, job.micro_batch, leave):
+        _check_finite(job.stored, epoch, scores, model)
+        state["seconds"] += time.monotonic() - started
+        started = time.monotonic()
+        job.stored.save_checkpoint(state | {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+        job.report(epoch, scores)
+    metrics = {**state["history"], "best_epoch": state["best_epoch"], **tested(problem, schedule, state)}
+    return Outcome(metrics, state["best"], state["seconds"])
+
+
+def optimizer_of(model: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
+    """AdamW with amsgrad, as the papers have it."""
+    rates = {"lr": schedule.learning_rate, "weight_decay": schedule.weight_decay}
+    return torch.optim.AdamW(model.parameters(), **rates, amsgrad=True, fused=True)
+
+
+def epochs(
+    problem: Problem,
+    schedule: Schedule,
+    seed: int,
+    state: dict[str, Any],
+    optimizer: torch.optim.Optimizer,
+    micro_batch: int = 0,
+    before: Callable[[int], None] = lambda epoch: None,
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """The epochs that `state` has still before it, each with its scores; `before` is called with each one's number.
+
+    Raises:
+        ValueError: there is nothing to train.
+    """
     if min(schedule.epochs, problem.train_size // schedule.batch) < 1:
         raise ValueError(
             f"nothing to train: {schedule.epochs} epochs of {problem.train_size} networks "
             f"in batches of {schedule.batch}; at least one epoch and one whole batch are needed"
         )
-    started, model = time.monotonic(), problem.model
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=schedule.learning_rate,
-        weight_decay=schedule.weight_decay,
-        amsgrad=True,
-        fused=True,
-    )
-    state = _resume(job.stored, model, optimizer)
-    if job.compiled and hasattr(model, "compile_parts"):
-        model.compile_parts()
     for epoch in range(state["epoch"], schedule.epochs):
-        job.execution.leave_in_time(state["seconds"] / max(1, epoch))
-        loss = train_epoch(problem, schedule, optimizer, seed, epoch, job.micro_batch)
-        with _evaluation(schedule, model):
+        before(epoch)
+        loss = train_epoch(problem, schedule, optimizer, seed, epoch, micro_batch)
+        with _evaluation(schedule, problem.model):
             scores = {"train_loss": loss, **problem.validate()}
-        _check_finite(job.stored, epoch, scores, model)
-        _note(state, epoch, scores, model)
-        state["seconds"] += time.monotonic() - started
-        started = time.monotonic()
-        job.stored.save_checkpoint(state | {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
-        job.report(epoch, scores)
-    model.load_state_dict(state["best"])
-    with _evaluation(schedule, model):
-        metrics = {**state["history"], "best_epoch": state["best_epoch"], **problem.test()}
-    return Outcome(metrics, state["best"], state["seconds"])
+        _note(state, epoch, scores, problem.model)
+        yield epoch, scores
+
+
+def tested(problem: Problem, schedule: Schedule, state: dict[str, Any]) -> dict[str, Any]:
+    """Load the best weights, and measure on the test set."""
+    problem.model.load_state_dict(state["best"])
+    with _evaluation(schedule, problem.model):
+        return problem.test()
+
+
+def new_state() -> dict[str, Any]:
+    """Of a training that has not begun."""
+    return {"epoch": 0, "history": {}, "best": {}, "best_score": -math.inf, "best_epoch": 0, "seconds": 0.0}
 
 
 def _note(state: dict[str, Any], epoch: int, scores: dict[str, float], model: nn.Module) -> None:
@@ -126,14 +155,7 @@ def _note(state: dict[str, Any], epoch: int, scores: dict[str, float], model: nn
 def _resume(stored: StoredRun, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     state = stored.checkpoint()
     if state is None:
-        return {
-            "epoch": 0,
-            "history": {},
-            "best": {},
-            "best_score": -math.inf,
-            "best_epoch": 0,
-            "seconds": 0.0,
-        }
+        return new_state()
     model.load_state_dict(state.pop("model"))
     optimizer.load_state_dict(state.pop("optimizer"))
     return state
