@@ -6,11 +6,19 @@ import os
 import re
 import runpy
 import sys
-import time
 from functools import partial
-from pathlib import Path
 
 import pytest
+from workloads import (
+    checking_environment,
+    dying,
+    failing_after_warm_up,
+    failing_to_build,
+    filling,
+    logging,
+    not_fitting,
+    sleeping,
+)
 
 from ngcore.bench import __main__ as command
 from ngcore.bench import l2o, zoo
@@ -18,70 +26,15 @@ from ngcore.bench.harness import (
     REPETITIONS,
     SECONDS,
     WARM_UPS,
-    WORKER_ENVIRONMENT,
     Benchmark,
     BenchmarkError,
-    DoesNotFitError,
     Result,
-    Workload,
     measure,
     table_row,
     write_json,
 )
 from ngcore.data.inrs import siren
 from ngcore.tasks import learning_to_optimize
-
-
-def sleeping(seconds: float, items: int) -> Workload:
-    return Workload(lambda: time.sleep(seconds), items)
-
-
-def logging(path: Path, side: str) -> Workload:
-    """Every repetition writes when it starts and when it ends."""
-
-    def run() -> None:
-        for event in ("start", "end"):
-            with path.open("a") as file:
-                file.write(f"{side} {event}\n")
-            time.sleep(0.002)
-
-    return Workload(run, 1)
-
-
-def checking_environment() -> Workload:
-    found = {name: os.environ.get(name) for name in WORKER_ENVIRONMENT}
-    if found != WORKER_ENVIRONMENT:
-        raise RuntimeError(f"worker runs under {found}")
-    return sleeping(0.0, 1)
-
-
-def failing_to_build() -> Workload:
-    raise ValueError("no such data set")
-
-
-def failing_after_warm_up() -> Workload:
-    runs = iter(range(WARM_UPS))
-    return Workload(lambda: next(runs), 1)
-
-
-def dying() -> Workload:
-    return Workload(lambda: os._exit(3), 1)
-
-
-def not_fitting() -> Workload:
-    raise DoesNotFitError(3e6)
-
-
-def filling(megabytes: int, times: int = 1) -> Workload:
-    """Holds as much itself, and takes it again in every repetition."""
-    held = b"x" * (megabytes << 20)
-
-    def run() -> None:
-        for _ in range(times):
-            assert len(b"x" + held) > len(held)
-
-    return Workload(run, 1)
-
 
 nap = partial(sleeping, 0.001, 1)
 
@@ -236,7 +189,7 @@ def test_park_rows_train_the_same_model_on_the_same_networks(method, monkeypatch
 
 @pytest.mark.parametrize("method", l2o.METHODS)
 def test_optimizer_rows_step_and_pass(method, monkeypatch):
-    assert l2o.METHODS == learning_to_optimize.METHODS
+    assert tuple(learning_to_optimize.METHODS) == l2o.METHODS
     monkeypatch.setattr(l2o, "BATCH", 2)
     for task in l2o.TASKS:
         for factory in (partial(l2o.step, task, method), partial(l2o.passes, task)):
