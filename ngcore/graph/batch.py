@@ -89,6 +89,7 @@ class GraphBatch:
     Attributes:
         nodes: of one copy.
         tensors: how many nodes stand in each of the tensors between which messages run.
+        alike: for each of these tensors, whether all its nodes have equally many edges.
         is_static: whether all networks are copies of one, so that nothing but their numbers varies.
         graphs: the networks by wiring, with their numbers in the batch.
 
@@ -111,6 +112,7 @@ class GraphBatch:
     outputs: Int[Tensor, "union outputs"]
     sizes: Int[Tensor, " union"]
     graphs: Sequence[tuple[Tensor, NeuralGraph]] = field(repr=False)
+    alike: tuple[bool, ...] = (False,)
     is_static: bool = True
     parts: Int[Tensor, " parts"] | None = None
     first_part: Int[Tensor, " networks"] | None = None
@@ -203,6 +205,7 @@ def batch_of(graph: NeuralGraph, frame: Frame) -> GraphBatch:
     return GraphBatch(
         frame, layout.nodes, layout.tensors, torch.cat(graph.nodes, dim=1), stacks, layout.network, layout.inputs,
         layout.outputs, layout.sizes, ((torch.arange(graph.num_networks), graph),),
+        layout.alike,
     )  # fmt: skip
 
 
@@ -220,6 +223,7 @@ class _Layout:
 
     nodes: Nodes
     tensors: tuple[int, ...]
+    alike: tuple[bool, ...]
     stacks: tuple[Stack, ...]
     places: tuple[Tensor | None, ...]
     network: Tensor
@@ -254,9 +258,12 @@ def _layout(wiring: Wiring, frame: Frame, device: torch.device) -> _Layout:
         places.append(None if identity else found.nonzero().squeeze(1).to(device))
     columns: defaultdict[str, list[Any]] = defaultdict(list)
     add_nodes(columns, wiring, frame)
+    tensors = tuple(group.size for group in wiring.groups)
+    edges = torch.tensor([columns["incoming"], columns["outgoing"]]).split(tensors, dim=1)
     return _Layout(
         nodes=Nodes(**{f.name: torch.tensor(columns[f.name], device=device) for f in fields(Nodes)}),
-        tensors=tuple(group.size for group in wiring.groups),
+        tensors=tensors,
+        alike=tuple(bool((own == own[:, :1]).all()) for own in edges),
         stacks=tuple(stacks),
         places=tuple(places),
         network=torch.zeros(wiring.num_nodes, dtype=torch.long, device=device),

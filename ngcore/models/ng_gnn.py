@@ -129,7 +129,7 @@ class PNALayer(nn.Module):
             edges[k]: (blocks, targets, sources, f) of the k-th direction; their states are the affine map `pending` of
                 it, one for each direction
             isolated[g]: tensor g never gets messages; others that get none are too far from what is read
-            degrees[g], scalers[g]: (nodes of tensor g, 1) number of messages (at least 1), PNA's amplification
+            degrees[g], scalers[g]: (nodes of tensor g or 1, 1) number of messages (at least 1), PNA's amplification
         """
         read = self._read(edges, pending, directions, updated)
         of_target, of_source = zip(*map(self._message_terms, nodes), strict=True)
@@ -182,9 +182,11 @@ class PNALayer(nn.Module):
     ) -> Float[Tensor, "copies n width"]:
         """PNA's update: aggregates by identity and amplification through two Linears as one, added to the state."""
         own, plain, amplified = self.update.weight.split([self.width, 4 * self.width, 4 * self.width], dim=1)
-        first = Affine(torch.cat([own, plain], dim=1), self.update.bias)
-        change = Affine.of(self.output).after(first)(torch.cat([v, gathered], dim=-1))
-        change = change + scaler * F.linear(gathered, self.output.weight @ amplified)
+        alike = scaler.numel() == 1  # then the amplified aggregates are the plain ones by another weight
+        first = torch.cat([own, plain + scaler * amplified if alike else plain], dim=1)
+        change = Affine.of(self.output).after(Affine(first, self.update.bias))(torch.cat([v, gathered], dim=-1))
+        if not alike:
+            change = change + scaler * F.linear(gathered, self.output.weight @ amplified)
         if self.updates_edges:  # another layer follows
             change = dropout(F.silu(self.norm(change)), self.dropout, self.training)
         return v + change
@@ -233,7 +235,7 @@ def _scattered(received: Sequence[tuple[Ends, tuple[Tensor, ...]]], v: Tensor) -
 @dataclass(frozen=True)
 class Neighbours:
     """How many messages every node of a batch gets, per node tensor: the number to divide by, and PNA's amplification
-    log(degree + 1) / δ."""
+    log(degree + 1) / δ; one number of each where it is the same for all nodes of a tensor."""
 
     degrees: tuple[Float[Tensor, "_ 1"], ...]
     scalers: tuple[Float[Tensor, "_ 1"], ...]
@@ -242,7 +244,8 @@ class Neighbours:
     def of(cls, batch: GraphBatch, directions: str, mean_log_degree: Tensor) -> Neighbours:
         count = degrees(batch, directions).to(mean_log_degree.dtype).view(-1, 1)
         scaler = torch.log(count + 1) / mean_log_degree
-        return cls(count.clamp(min=1).split(batch.tensors), scaler.split(batch.tensors))
+        both = (x.split(batch.tensors) for x in (count.clamp(min=1), scaler))
+        return cls(*(tuple(x[:1] if a else x for x, a in zip(own, batch.alike, strict=True)) for own in both))
 
 
 def degrees(batch: GraphBatch, directions: str) -> Float[Tensor, " nodes"]:
