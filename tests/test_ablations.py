@@ -1,12 +1,13 @@
 """Ablations: every variant differs from the full model, and is what it says; comparisons tell noise from difference."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ngcore.models.heterogeneous import HeterogeneousNGGNN, HeterogeneousNGT
 from properties import permute
 from scipy import stats
 
@@ -14,17 +15,17 @@ from ngcore.data.inrs.augment import Augmentation, permuted
 from ngcore.data.zoos import wild_park
 from ngcore.data.zoos.cnn import CNN, Architecture
 from ngcore.graph import mlp, trace
-from ngcore.graph.batch import Collection
+from ngcore.graph.collection import Collection
 from ngcore.graph.dialects import bias_nodes
 from ngcore.graph.simulate import activations
 from ngcore.models import NGGNN, NGT
 from ngcore.models.encoder import ProbeFeatures, Standardize, grid
-from ngcore.models.heterogeneous import HeterogeneousNGGNN, HeterogeneousNGT
 from ngcore.models.ng_gnn import DIRECTIONS, EquivariantNGGNN
 from ngcore.reference.ng_gnn import PlainNGGNN, PNAAggregation, to_batch
 from ngcore.study import comparison, tables
+from ngcore.study.runs import identity, make_record, run_hash
 from ngcore.study.training import Schedule
-from ngcore.tasks import ablations, architectural_noise, generalization, inr_classification, loss_curves, zoos
+from ngcore.tasks import ablations, architectural_noise, execute, generalization, inr_classification, loss_curves, zoos
 from ngcore.tasks.inr_classification import Config, build_model
 from ngcore.tasks.inr_sets import WIRING, INRData
 from ngcore.tasks.variants import changed as changed_config
@@ -88,7 +89,7 @@ def test_the_questions_about_cnns_differ_too():
             torch.manual_seed(1)
             config = trial.config
             model = generalization.build_model(config.method, networks, **dict(config.options)).eval()
-            inputs = generalization.METHODS[config.method][1](networks)
+            inputs = generalization.METHODS[config.method].inputs(networks)
             found.append((size(model), model(inputs[rows]).detach()))
         (full_size, scores), (changed_size, changed) = found
         assert full_size != changed_size or (scores - changed).abs().max() > 1e-5
@@ -383,45 +384,27 @@ def test_tables_show_differences_with_their_intervals(tmp_path):
     assert "low,high" in (tmp_path / "table.csv").read_text()
 
 
-def test_full_models_are_the_tables_own_runs_and_are_run_once(monkeypatch):
+def test_full_models_are_the_tables_own_runs_and_are_told_by_question():
     data = INRData("mnist", 32, 16, 16, 5, 1e-3)
-    settings_ = {"micro_batch": {"NG-GNN": 8}, "compiled": [], "dropout": 0.0}
+    settings_ = {"dropout": 0.0}
     table = inr_classification.table_configs(data, Schedule(1, 16), seeds={0: 1, 4: 1, 16: 1, 64: 1}, **settings_)
     own = inr_classification.row_configs(data, Schedule(1, 16), "NG-GNN", 64, 1, **settings_)
     assert set(own) <= set(table)
     trials = ablations.trials("biases", own) + ablations.trials("normalization", own)
     assert [trial.config in table for trial in trials] == [True, False, True, False, False]
-    ran = []
-
-    def execute(run, configs, workers=None):
-        ran.extend(configs)
-        return [
-            {
-                "hash": str(i),
-                "config": {
-                    "task": c.task,
-                    "dataset": c.dataset,
-                    "method": c.method,
-                    "seed": c.seed,
-                    "probes": c.probes,
-                },
-                "data": "d",
-                "metrics": {"test_accuracy": 0.5, "test_confusion": [[1]]},
-                "environment": {},
-            }
-            for i, c in enumerate(configs)
-        ]
-
-    monkeypatch.setattr(ablations, "execute_all", execute)
-    records = ablations.run_all(trials)
-    assert len(ran) == 4
-    assert len(records) == 5
-    assert records[0]["metrics"] == {"test_accuracy": 0.5, "run": "0"} == records[2]["metrics"]
-    assert records[0]["hash"] != records[2]["hash"]
+    records = []
+    for trial in trials:
+        record = make_record(asdict(trial.config), identity(trial.config), "d", {"test_accuracy": 0.5, "c": [[1]]}, {})
+        records.append(ablations.record_of(trial.question, trial.variant, record))
+    assert len({record["metrics"]["run"] for record in records}) == 4
+    assert len({record["hash"] for record in records}) == 5
+    assert records[0]["metrics"] == {"test_accuracy": 0.5, "run": run_hash(identity(own[0]), "d")}
     assert [r["config"]["variant"] for r in ablations.asked(records, "biases", probes=64)] == [
         "features of neurons",
         "edges of bias nodes",
     ]
+    (again,) = [r for r in records if r["config"]["variant"] == "edges of bias nodes"]
+    assert again["config"]["of"]["options"] == [["dropout", 0.0], ["biases", "node"]]
 
 
 def test_changes_are_of_fields_of_the_schedule_or_options():
@@ -456,10 +439,8 @@ def test_gap_at_equal_fit_is_the_mean_distance_of_the_curves():
 
 def test_loss_curves_measure_both_losses_in_evaluation_mode():
     data = INRData("mnist", 32, 16, 16, 5, 1e-3)
-    (config,) = inr_classification.row_configs(
-        data, Schedule(2, 16), "DWSNet", 0, 1, micro_batch={}, compiled=[], dropout=0.5
-    )
-    record = loss_curves.run(loss_curves.Config.of(config))
+    (config,) = inr_classification.row_configs(data, Schedule(2, 16), "DWSNet", 0, 1, dropout=0.5)
+    record = execute(loss_curves.Config.of(config))
     assert record["config"]["task"] == "loss_curves"
     assert len(record["metrics"]["fitted"]) == len(record["metrics"]["tested"]) == 2
     best = record["metrics"]["best_epoch"]
@@ -512,16 +493,16 @@ def test_noise_is_measured_on_the_networks_that_it_changes(method):
     (config,) = generalization.configs_of(
         "cifar10_wild_park", [SMALL_PARK], [method], 1, Schedule(1, 4), {method: 1e-3}
     )
-    record = generalization.run(config)
-    thin = architectural_noise.run(architectural_noise.Config.on(config, "neurons left out", 0.9))["metrics"]
+    record = execute(config)
+    thin = execute(architectural_noise.Config.on(config, "neurons left out", 0.9))["metrics"]
     true = record["metrics"]["test_cifar10_wild_park_true"]
     assert thin["changed"] == len(true)
     assert thin["tau_as_they_are"] == pytest.approx(record["metrics"]["test_cifar10_wild_park_tau"], abs=1e-6)
-    removed = architectural_noise.run(architectural_noise.Config.on(config, "skips removed", 1.0))["metrics"]
+    removed = execute(architectural_noise.Config.on(config, "skips removed", 1.0))["metrics"]
     assert 0 < removed["changed"] < len(true)
     if method == "StatNN":
         assert removed["tau"] == removed["tau_as_they_are"]
-    none = architectural_noise.run(architectural_noise.Config.on(config, "skips removed", 0.0))
+    none = execute(architectural_noise.Config.on(config, "skips removed", 0.0))
     assert none["metrics"] == {"changed": 0}
 
 

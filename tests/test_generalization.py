@@ -13,8 +13,8 @@ from ngcore.data.zoos.cnn import CNN
 from ngcore.models.baselines import StatNN
 from ngcore.models.baselines.stat_nn import statistics
 from ngcore.study.training import DivergedError, Schedule
+from ngcore.tasks import execute, zoos
 from ngcore.tasks import generalization as task
-from ngcore.tasks import zoos
 
 SMALL = zoos.Zoo(48, cifar10_gs.Recipe(64, 40, 4))
 PARK = zoos.Zoo(24, wild_park.Recipe(64, 40, 1, 1))
@@ -116,7 +116,7 @@ def test_shapes_are_apart(split):
     ("dataset", "method"), [(name, method) for name, methods in task.ROWS.items() for method in methods]
 )
 def test_a_run_is_stored_and_scores_its_predictions(dataset, method):
-    record = task.run(config(dataset, method))
+    record = execute(config(dataset, method))
     metrics = record["metrics"]
     predicted, true = metrics[f"test_{dataset}_predicted"], metrics[f"test_{dataset}_true"]
     assert all(0 <= value <= 1 for value in predicted)
@@ -127,16 +127,16 @@ def test_a_run_is_stored_and_scores_its_predictions(dataset, method):
     )
     expected = np.nan_to_num(kendalltau(predicted, true).statistic)
     assert metrics[f"test_{dataset}_tau"] == pytest.approx(expected, abs=0.01)  # predictions are stored rounded
-    assert task.run(config(dataset, method)) == record
+    assert execute(config(dataset, method)) == record
 
 
 def test_one_model_reads_both_populations():
-    metrics = task.run(config("both", "NG-GNN"))["metrics"]
+    metrics = execute(config("both", "NG-GNN"))["metrics"]
     assert {"test_cifar10_gs_tau", "test_cifar10_wild_park_tau"} <= set(metrics)
 
 
 def test_the_control_trains_on_other_targets_and_is_tested_on_the_true_ones():
-    real, control = (task.run(config("cifar10_gs", "StatNN", shuffled=shuffled)) for shuffled in (False, True))
+    real, control = (execute(config("cifar10_gs", "StatNN", shuffled=shuffled)) for shuffled in (False, True))
     assert real["metrics"]["test_cifar10_gs_true"] == control["metrics"]["test_cifar10_gs_true"]
     assert real["metrics"]["train_loss"] != control["metrics"]["train_loss"]
 
@@ -149,7 +149,14 @@ def test_predictions_do_not_depend_on_the_order_or_the_company():
         rows = task.rows_of(networks, "random")
         targets = torch.zeros(len(networks.table))
         problem = task.Prediction(
-            model, networks.collection, networks.collection.sizes, rows, targets, targets, "mse", task.CHUNK.get(method)
+            model,
+            networks.collection,
+            networks.collection.sizes,
+            rows,
+            targets,
+            targets,
+            "mse",
+            task.METHODS[method].chunk,
         )
         every = torch.randperm(len(networks.table))
         with torch.no_grad():
@@ -165,9 +172,9 @@ def test_models_start_near_the_mean_target(method):
     targets = torch.full((len(networks.table),), 0.2)
     torch.manual_seed(0)
     model = task.build_model(method, networks).eval()
-    inputs = task.METHODS[method][1](networks)
+    inputs = task.METHODS[method].inputs(networks)
     sizes = networks.collection.sizes
-    problem = task.Prediction(model, inputs, sizes, rows, targets, targets, "bce", task.CHUNK.get(method))
+    problem = task.Prediction(model, inputs, sizes, rows, targets, targets, "bce", task.METHODS[method].chunk)
     with torch.no_grad():
         predicted = problem.predictions(rows["train"])
         last = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
@@ -215,7 +222,7 @@ def test_the_wiring_computes_what_the_network_does():
 )
 def test_what_cannot_be_run_is_named(dataset, method, changes, message):
     with pytest.raises(ValueError, match=message):
-        task.run(config(dataset, method, **changes))
+        execute(config(dataset, method, **changes))
 
 
 def test_a_prediction_that_is_not_finite_is_named():

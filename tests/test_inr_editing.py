@@ -7,10 +7,12 @@ import pytest
 import scipy.ndimage
 import torch
 
+from ngcore.data.inrs import siren
 from ngcore.data.inrs.edits import ANGLE, dilate, erode, rotate
-from ngcore.data.inrs.sets import siren
-from ngcore.study.runs import RunError, StoredRun, tensor_digest
+from ngcore.study import training
+from ngcore.study.runs import RunError, StoredRun, cache_directory, tensor_digest
 from ngcore.study.training import DivergedError, Schedule
+from ngcore.tasks import execute
 from ngcore.tasks import inr_editing as task
 from ngcore.tasks.inr_sets import WIRING, INRData, load_data
 
@@ -29,7 +31,7 @@ def stored(config):
     """Where a run without transfer is stored."""
     targets = task.targets_of(config.data, config.edit, "cpu")
     digest = f"{load_data(config.data, 'cpu')[1]}+{tensor_digest(targets.values())}"
-    return StoredRun.of(config, digest, task.cache_directory())
+    return StoredRun.of(config, digest, cache_directory())
 
 
 # Edits
@@ -112,7 +114,7 @@ def test_examples_survive_as_text():
 
 def test_a_run_is_stored_with_its_transfer_and_found_again(monkeypatch):
     config = replace(CONFIG, transfer=CLOTHES)
-    record = task.run(config)
+    record = execute(config)
     metrics = record["metrics"]
     clothes = load_data(CLOTHES, "cpu")[0]["test"]
     expected = task.unedited_mse(clothes, task.targets_of(CLOTHES, "dilation", "cpu")["test"])
@@ -121,8 +123,8 @@ def test_a_run_is_stored_with_its_transfer_and_found_again(monkeypatch):
     (row,) = task.unedited_records([record])
     assert row["config"]["method"] == "no edit"
     assert row["metrics"]["transfer_mse"] == pytest.approx(expected)
-    monkeypatch.setattr(task, "train", lambda *_: pytest.fail("trained again"))
-    assert task.run(config) == record
+    monkeypatch.setattr(training, "train", lambda *_: pytest.fail("trained again"))
+    assert execute(config) == record
 
 
 def test_edits_networks_and_methods_make_other_runs():
@@ -140,13 +142,13 @@ def test_a_run_that_diverges_is_named_and_its_last_checkpoint_stays():
 
     config = replace(CONFIG, schedule=replace(CONFIG.schedule, learning_rate=1e30, warmup=4, epochs=3))
     with pytest.raises(StopError):  # the first epoch alone, before the rate has done its harm
-        task.run(replace(config, schedule=replace(config.schedule, learning_rate=1e-3)), stop)
+        execute(replace(config, schedule=replace(config.schedule, learning_rate=1e-3)), report=stop)
     run, healthy = stored(config), stored(replace(config, schedule=replace(config.schedule, learning_rate=1e-3)))
     run.directory.mkdir(parents=True)
     (healthy.directory / "checkpoint.pt").rename(run.directory / "checkpoint.pt")
     before = (run.directory / "checkpoint.pt").read_bytes()
     with pytest.raises(DivergedError, match=rf"{run.directory.name} diverged in epoch 1.*'method': 'DWSNet'"):
-        task.run(config)
+        execute(config)
     assert (run.directory / "checkpoint.pt").read_bytes() == before
 
 
@@ -155,13 +157,13 @@ def test_a_checkpoint_with_nan_is_refused_and_stays():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        task.run(CONFIG, stop)
+        execute(CONFIG, report=stop)
     path = stored(CONFIG).directory / "checkpoint.pt"
     state = torch.load(path, weights_only=True)
     state["model"]["edge_scale"][1] = torch.nan
     torch.save(state, path)
     with pytest.raises(RunError, match=r"checkpoint\.pt: edge_scale holds NaN"):
-        task.run(CONFIG)
+        execute(CONFIG)
     assert path.exists()
 
 
@@ -170,7 +172,7 @@ def test_a_last_step_that_spoils_the_weights_is_seen():
     schedule = replace(CONFIG.schedule, epochs=1, batch=DATA.train, warmup=0, learning_rate=1e38)
     config = replace(CONFIG, schedule=schedule)
     with pytest.raises(DivergedError, match=r"diverged in epoch 0 \(not finite: (?!train_loss)"):
-        task.run(config)
+        execute(config)
     assert not stored(config).directory.exists()
 
 
@@ -180,23 +182,20 @@ def test_table_configs_are_the_rows_of_the_table():
         CLOTHES,
         CONFIG.schedule,
         seeds={0: 2, 4: 1, 16: 1, 64: 1},
-        micro_batch={"NG-T": 4},
-        compiled=["NG-GNN"],
         dropout={"NG-T": 0.1},
     )
     assert len(configs) == 12 + 6  # a second seed for the rows without probe features
     by_row = {(config.method, config.probes, config.seed): config for config in configs}
     assert {row[:2] for row in by_row} == set(task.ROWS)
     assert by_row["NG-T", 64, 0].options == (("dropout", 0.1),)
-    assert by_row["NG-T", 64, 0].schedule == replace(CONFIG.schedule, micro_batch=4)
-    assert by_row["NG-GNN", 0, 1].schedule.compiled
+    assert by_row["NG-T", 64, 0].schedule == CONFIG.schedule
     assert by_row["NFN_NP", 0, 1].options == ()
     assert {config.transfer for config in configs} == {CLOTHES}
 
 
 def test_pictures_of_runs_show_the_same_examples():
-    first = task.run(CONFIG)
-    second = task.run(replace(CONFIG, method="NFN_NP"))
+    first = execute(CONFIG)
+    second = execute(replace(CONFIG, method="NFN_NP"))
     pictures = task.example_pictures([first, second])
     assert list(pictures) == ["INR", "target", "DWSNet", "NFN_NP"]
     labels = load_data(DATA, "cpu")[0]["test"].labels
@@ -217,7 +216,7 @@ def test_rendering_keeps_its_digits_under_autocast():
 
 def test_unknown_edits_and_methods_are_named():
     with pytest.raises(ValueError, match=r"unknown edit 'blur'; there are dilation, erosion, rotation"):
-        task.run(replace(CONFIG, edit="blur"))
+        execute(replace(CONFIG, edit="blur"))
     with pytest.raises(ValueError, match=r"unknown method 'MLP'; there are DWSNet"):
         task.build_editor("MLP")
     with pytest.raises(ValueError, match="DWSNet takes no probe features"):
@@ -232,4 +231,4 @@ def test_a_variant_changes_one_row():
 
 def test_more_inrs_than_images_are_refused():
     with pytest.raises(ValueError, match=r"80,?008"):
-        task.run(replace(CONFIG, data=replace(DATA, train=80_000)))
+        execute(replace(CONFIG, data=replace(DATA, train=80_000)))

@@ -12,7 +12,7 @@ from ngcore.models.optimizers import METHODS, Layout, LearnedOptimizer
 from ngcore.models.optimizers.files import save
 from ngcore.study.runs import RunError, StoredRun
 from ngcore.study.training import DivergedError
-from ngcore.tasks import learning_to_optimize, meta_training
+from ngcore.tasks import execute, learning_to_optimize, meta_training
 from ngcore.tasks.meta_training import Config, Learner, MetaTraining, meta_backward, unroll
 from ngcore.tasks.optimization import FIRST_SEED, ImageTask, Task, task_cnn, train_network
 
@@ -127,7 +127,7 @@ def test_an_interrupted_run_ends_as_if_it_was_not(method, monkeypatch, tmp_path)
     """Stopped after every outer step once: the same weights, losses and scores, bit for bit."""
     monkeypatch.setattr(meta_training, "CHECKPOINT_EVERY", 1)
     config = config_of(method)
-    expected = meta_training.run(config)
+    expected = execute(config)
     place = StoredRun.of(config, TINY.task("validation").digest, tmp_path)
     weights = place.weights()
     monkeypatch.setenv("NGCORE_CACHE", str(tmp_path / "again"))
@@ -140,32 +140,32 @@ def test_an_interrupted_run_ends_as_if_it_was_not(method, monkeypatch, tmp_path)
 
     for _ in range(config.outer_steps):
         with pytest.raises(Stopped):
-            meta_training.run(config, stop)
-    found = meta_training.run(config)
+            execute(config, report=stop)
+    found = execute(config)
     assert found["metrics"] == expected["metrics"]
     assert len(found["metrics"]["meta_loss"]) == 4
     assert found["metrics"]["validated"] == [2, 4]
     again = StoredRun.of(config, TINY.task("validation").digest, tmp_path / "again").weights()
     assert weights.keys() == again.keys()
     assert all(torch.equal(weights[name], again[name]) for name in weights)
-    assert meta_training.run(config) == found
+    assert execute(config) == found
 
 
 def test_runs_are_stored_and_name_what_is_missing(tmp_path):
-    record = meta_training.run(config_of("FF"))
+    record = execute(config_of("FF"))
     (config,) = learning_to_optimize.configs_of(
         ["FF"], {"none": TINY}, 1, {"FF": record["hash"]}, 1e-3, steps=5, curve_every=2, curve_images=8
     )
-    found = learning_to_optimize.run(config)
+    found = execute(config)
     assert found["metrics"]["measured"] == [0, 2, 4, 5]
     assert len(found["metrics"]["train_loss"]) == 5
     assert found["metrics"]["final_accuracy"] == found["metrics"]["accuracy"][-1]
-    assert learning_to_optimize.run(config) == found
+    assert execute(config) == found
     assert found["metrics"]["outer_steps"] == record["metrics"]["best_step"]
     with pytest.raises(RunError, match=r"is the meta-training of FF, not of LSTM"):
-        learning_to_optimize.run(dataclasses.replace(config, method="LSTM"))
+        execute(dataclasses.replace(config, method="LSTM"))
     with pytest.raises(RunError, match=r"holds no finished meta-training"):
-        learning_to_optimize.run(dataclasses.replace(config, weights="0" * 16))
+        execute(dataclasses.replace(config, weights="0" * 16))
     (tmp_path / "runs" / found["hash"] / "weights.safetensors").touch()
     with pytest.raises(RunError, match=r"is a run of learning_to_optimize"):
         meta_training.trained(found["hash"])
@@ -178,11 +178,11 @@ def test_a_shipped_optimizer_is_part_of_a_runs_data(tmp_path, monkeypatch):
         ["FF"], {"none": TINY}, 1, {"FF": "shipped"}, 1e-3, steps=2, curve_every=2, curve_images=8
     )
     with pytest.raises(FileNotFoundError, match=r"FF\.safetensors is missing"):
-        learning_to_optimize.run(config)
+        execute(config)
     hashes = set()
     for _ in range(2):
         save(LearnedOptimizer("FF"), tmp_path / "shipped" / "FF.safetensors", {"best_step": 7})
-        hashes.add(learning_to_optimize.run(config)["hash"])
+        hashes.add(execute(config)["hash"])
     assert len(hashes) == 2
 
 
@@ -212,7 +212,7 @@ def test_tuning_takes_the_rate_with_the_best_mean():
         for c, score in zip(configs, [0.9, 0.1, 0.6, 0.6], strict=True)
     ]
     assert learning_to_optimize.best_learning_rate(records) == 1e-2
-    assert learning_to_optimize.run(configs[0])["metrics"]["final_accuracy"] <= 1
+    assert execute(configs[0])["metrics"]["final_accuracy"] <= 1
 
 
 def test_divergence_is_told():

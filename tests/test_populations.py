@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy.special import erf, expit
 
+from ngcore import processes
 from ngcore.data.zoos import populations
 from ngcore.data.zoos.cnn import ACTIVATIONS, CNN, Architecture
 from ngcore.data.zoos.populations import (
@@ -55,7 +56,7 @@ def assert_equal(one: Checkpoints, other: Checkpoints) -> None:
 @pytest.fixture
 def threads(monkeypatch):
     """Generate in threads, which start sooner than processes."""
-    monkeypatch.setattr(populations, "pool", ThreadPoolExecutor)
+    monkeypatch.setattr(processes, "pool", ThreadPoolExecutor)
 
 
 # CNNs

@@ -1,5 +1,3 @@
-import ast
-
 import nbformat
 import pytest
 
@@ -76,10 +74,7 @@ def test_the_profiles_of_the_study_fit_its_notebooks(name):
 
 def values_of(number, name):
     """A notebook's parameters in a profile: those of its own cell, and what the profile replaces."""
-    notebook = find_notebooks(ROOT / "notebooks")[number]
-    cells = nbformat.read(notebook, as_version=4).cells
-    (cell,) = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", ())]
-    own = {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(cell).body}
+    own = declared_parameters(find_notebooks(ROOT / "notebooks")[number])
     return own | load_profile(name, ROOT / "notebooks" / "profiles")[number]
 
 
@@ -95,7 +90,6 @@ def test_ablations_have_the_scale_of_the_tables_whose_runs_they_reuse(name):
         "decay",
         "dropout",
         "augment",
-        "micro_batch",
     )
     for parameter in (*same, "precision"):
         assert ablations[parameter] == inrs[parameter], parameter
@@ -119,13 +113,20 @@ def test_a_misspelt_parameter_is_an_error(profiles):
 
 def test_declared_parameters_are_those_of_the_tagged_cell(tmp_path):
     write_notebook(tmp_path / "00_a.ipynb", PARAMETERS)
-    assert declared_parameters(tmp_path / "00_a.ipynb") == {"profile", "epochs", "seeds"}
+    assert declared_parameters(tmp_path / "00_a.ipynb") == {"profile": "quick", "epochs": 20, "seeds": [0, 1]}
 
 
 @pytest.mark.parametrize("tagged", [(), (PARAMETERS, PARAMETERS)])
 def test_a_notebook_needs_exactly_one_parameters_cell(tmp_path, tagged):
     write_notebook(tmp_path / "00_a.ipynb", *tagged)
     with pytest.raises(ProfileError, match=rf"00_a\.ipynb has {len(tagged)} cells tagged"):
+        declared_parameters(tmp_path / "00_a.ipynb")
+
+
+@pytest.mark.parametrize("cell", ["epochs = 2 * 10", "import os", "a.b = 1"])
+def test_a_parameter_is_a_literal(tmp_path, cell):
+    write_notebook(tmp_path / "00_a.ipynb", "x = 1\n" + cell)
+    with pytest.raises(ProfileError, match=r"00_a\.ipynb, parameters cell, line 2: a parameter is a name"):
         declared_parameters(tmp_path / "00_a.ipynb")
 
 

@@ -10,8 +10,8 @@ import nbformat
 import pytest
 
 from ngcore.study.__main__ import main
-from ngcore.study.notebooks import NotebookError, execute
-from ngcore.study.profiles import ProfileError
+from ngcore.study.notebooks import execute
+from ngcore.study.profiles import NotebookError, ProfileError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -244,8 +244,8 @@ def test_exit_codes(monkeypatch, capsys, error, code):
         if error is not None:
             raise error
 
-    monkeypatch.setattr("ngcore.study.__main__.execute", fake)
+    monkeypatch.setattr("ngcore.study.notebooks.execute", fake)
     assert main(["run", "--profile", "smoke", "--only", "01,03"]) == code
     assert main(["figures"]) == code
-    assert calls == [(("smoke", ["01", "03"]), {}), (("quick",), {"train": False})]
+    assert [arguments for arguments, _ in calls] == [("smoke", ["01", "03"], True), ("quick", None, False)]
     assert "Traceback" not in capsys.readouterr().err

@@ -8,12 +8,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import seaborn as sns
 
 from ngcore.study import figures
+from ngcore.study.methods import Method
 from ngcore.study.tables import beside_published, describe_scale, load_reported, summarize, write_table
 
 matplotlib.use("Agg")
 
+METHODS = {"MLP": Method(colour=7), "NG-T": Method(colour=3, probes=True)}
 PUBLISHED = {"MLP": {0: {"mean": 17.6, "std": 0.0}}, "NG-T": {0: {"mean": 92.4, "std": None}}}
 
 
@@ -32,7 +35,7 @@ def records():
 
 @pytest.fixture
 def table(records):
-    return beside_published(summarize(records, metric="accuracy", scale=100), PUBLISHED)
+    return beside_published(summarize(records, metric="accuracy", scale=100, methods=METHODS), PUBLISHED)
 
 
 @pytest.fixture
@@ -57,7 +60,7 @@ def test_values_by_hand_in_the_papers_order(table):
 
 
 def test_rows_do_not_depend_on_the_order_of_the_records(records, table):
-    turned = summarize(records[::-1], metric="accuracy", scale=100)
+    turned = summarize(records[::-1], metric="accuracy", scale=100, methods=METHODS)
     pd.testing.assert_frame_equal(turned, table[list(turned.columns)])
 
 
@@ -128,10 +131,10 @@ def test_best_is_per_data_set_ties_as_displayed_and_can_be_lowest(tmp_path):
     assert "| mnist | SetNN | 0 | 2.0 | 1 |" in markdown
 
 
-def test_best_is_per_target_and_split_where_there_are_several(tmp_path):
+def test_best_is_per_target_where_rows_are_apart_by_it(tmp_path):
     columns = {"target": ["epoch", "epoch", "activation"], "method": ["StatNN", "NG-T", "NG-T"], "seeds": [1, 1, 1]}
     table = pd.DataFrame(columns | {"mean": [0.2, 0.4, 0.9], "std": [math.nan] * 3})
-    write_table(table, tmp_path, "t", "caption", decimals=1)
+    write_table(table, tmp_path, "t", "caption", decimals=1, apart=["target"])
     rows = (tmp_path / "t.md").read_text().splitlines()[4:]
     assert [("**" in row) for row in rows] == [False, True, True]
 
@@ -187,8 +190,34 @@ def test_probe_curve_draws_ours_and_the_papers(table, ax):
     assert sorted(float(line.get_ydata()[0]) for line in dashed) == [17.6, 92.4]
 
 
+def test_a_methods_look_comes_from_its_table(ax):
+    """Order and colour, whatever the names; unknown ones follow by name, coloured by their place or grey."""
+    methods = {"zeta": Method(colour=1), "alpha": Method(colour=4, probes=True)}
+    rows = [record(name, probes, 0, 0.5) for name in ("beta", "alpha", "zeta") for probes in (0, 4)]
+    table = summarize(rows, metric="accuracy", methods=methods)
+    assert table["method"].unique().tolist() == ["zeta", "alpha", "beta"]
+    figures.training_curves(rows, ax, "curve", methods=methods)
+    colours = [line.get_color() for line in ax.lines]
+    palette = sns.color_palette("colorblind", 10)
+    assert colours[::2] == [palette[1], palette[4], (0.3, 0.3, 0.3)]
+
+
+def test_a_table_of_ones_own_is_drawn_and_written(ax, tmp_path):
+    """No paper column, and a method that no task knows."""
+    rows = [record("mine", probes, seed, 0.5 + probes / 100) for probes in (0, 4) for seed in (0, 1)]
+    table = summarize([*rows, record("plain", 0, 0, 0.3)], metric="accuracy")
+    figures.probe_curve(table, ax)
+    (bars,) = ax.containers
+    np.testing.assert_allclose(bars[0].get_xydata(), [[0, 0.5], [1, 0.54]])
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["plain", "mine"]
+    write_table(table.assign(kept_apart="x"), tmp_path, "t", "c", apart=[], headings={"probes": "Points"})
+    header, _, first, *_ = (tmp_path / "t.md").read_text().splitlines()[2:]
+    assert header == "| Data set | Method | Points | Ours | Seeds | Kept apart |"
+    assert first == "| mnist | mine | 0 | **0.5 ± 0.0** | 2 | x |"
+
+
 def test_training_curves_are_means_over_seeds(records, ax):
-    figures.training_curves(records, ax, "curve", scale=100)
+    figures.training_curves(records, ax, "curve", scale=100, methods=METHODS)
     curves = {line.get_label(): line.get_ydata() for line in ax.lines}
     assert list(curves) == ["MLP", "NG-T", "NG-T, 64 probes"]
     np.testing.assert_allclose(curves["NG-T"], [25, 50])

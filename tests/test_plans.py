@@ -1,0 +1,158 @@
+"""Plans: the runs of every notebook without Jupyter, what is published of them, and time that is over."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ngcore import tasks
+from ngcore.study import __main__ as command
+from ngcore.study.execution import OutOfTime
+from ngcore.study.plans import Plan, carry_out, records_of
+from ngcore.study.profiles import declared_parameters, plan_notebooks
+from ngcore.study.runs import ROOT, RunError, identity, read_records
+
+NUMBERS = sorted(tasks.PLANS)
+
+
+def record(name, task="t"):
+    environment = {"commit": "abc"}
+    return {"hash": name, "config": {"task": task, "dataset": "d"}, "environment": environment}
+
+
+def two_rounds(parameters):
+    first = yield [parameters["start"]]
+    second = yield [first[0] + 1, first[0] + 2]
+    return [record(str(value)) for value in [*first, *second, *second]]
+
+
+def test_a_plan_is_sent_the_records_that_it_asks_for():
+    asked = []
+
+    def execute_all(configs):
+        asked.append(configs)
+        return [10 * config for config in configs]
+
+    found = carry_out(two_rounds({"start": 1}), execute_all)
+    assert asked == [[1], [11, 12]]
+    assert [one["hash"] for one in found] == ["10", "110", "120"]  # each once, in one order
+
+
+def test_a_notebook_gets_what_was_executed_or_what_is_published(tmp_path, monkeypatch):
+    monkeypatch.setenv("NGCORE_OUTPUT", str(tmp_path))
+    asked = {"profile": "p", "train": False, "start": 1}
+    with pytest.raises(RunError, match="holds no stored runs of cnn_zoos: run the notebook with train = True first"):
+        records_of(Plan(two_rounds, ("cnn_zoos",)), asked, list)
+
+
+def published() -> dict[str, dict]:
+    """The published records of profile cpu by the identity of their runs, those of ablations as the runs' own."""
+    found = {}
+    for stored in read_records(ROOT / "data" / "results" / "cpu"):
+        own = stored["identity"]
+        if own["task"] == "ablations":
+            own = own["of"] | {"seed": own["seed"]}
+            config = stored["config"]["of"] | {"seed": stored["config"]["seed"]}
+            stored = stored | {"hash": stored["metrics"]["run"], "config": config, "identity": own}
+        found.setdefault(json.dumps(own, sort_keys=True), stored)
+    return found
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_the_plan_of_profile_cpu_is_what_is_published(number, monkeypatch):
+    """Every config that the plan asks for has the identity of a published run, and it returns all of them."""
+    monkeypatch.setattr(tasks.learning_to_optimize, "can_read", lambda method, task: method != "NFN")
+    monkeypatch.setattr(tasks.optimization.ImageTask, "task", lambda self: None)
+    ((notebook, changes),) = plan_notebooks("cpu", [number], ROOT / "notebooks").items()
+    plan, stored = tasks.PLANS[number], published()
+
+    def execute_all(configs):
+        return [stored[json.dumps(identity(config), sort_keys=True)] for config in configs]
+
+    found = carry_out(plan.runs(declared_parameters(notebook) | changes), execute_all)
+    kept = read_records(ROOT / "data" / "results" / "cpu")
+    assert {one["hash"] for one in found} == {one["hash"] for one in kept if one["config"]["task"] in plan.tasks}
+
+
+def test_ablations_ask_for_the_runs_of_the_tables():
+    """In the full models of INRs and of the Wild Park, whose runs are trained once."""
+    asked = {}
+    for number in NUMBERS:
+        ((notebook, changes),) = plan_notebooks("quick", [number], ROOT / "notebooks").items()
+        if number in ("01", "03", "05"):
+            parameters = declared_parameters(notebook) | changes
+            asked[number] = {
+                json.dumps(identity(c), sort_keys=True) for c in next(tasks.PLANS[number].runs(parameters))
+            }
+    for number in ("01", "03"):
+        assert asked[number] & asked["05"]
+
+
+BLOCKED = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("papermill", "nbformat", "nbconvert", "nbclient", "jupyter", "IPython", "ipykernel"):
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Blocker())
+from ngcore.study.__main__ import main
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
+    script = tmp_path / "blocked.py"
+    script.write_text(BLOCKED)
+    places = {"NGCORE_CACHE": str(tmp_path / "cache"), "NGCORE_OUTPUT": str(tmp_path / "output")}
+    environment = os.environ | places | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(script), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_training_needs_no_jupyter(number, tmp_path):
+    found = run(tmp_path, "train", "--profile", "smoke", "--only", number)
+    assert found.returncode == 0, found.stderr
+    assert f"records of {number}_" in found.stdout
+    assert len(list((tmp_path / "cache" / "runs").glob("*/result.json"))) > 3
+
+
+def test_the_other_commands_do():
+    blocked = subprocess.run(
+        [sys.executable, "-c", BLOCKED.replace("sys.argv[1:]", "['figures', '--profile', 'smoke']")],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "nbconvert is blocked" in blocked.stderr
+
+
+def test_training_stops_before_its_minutes_are_over_and_goes_on(tmp_path):
+    """Ended at once, and then as often as it takes."""
+    started, codes = time.monotonic(), []
+    while not codes or codes[-1] == command.OUT_OF_TIME:
+        begun = time.monotonic()
+        found = run(tmp_path, "train", "--profile", "smoke", "--only", "01", "--minutes", str(0.25 + 0.25 * len(codes)))
+        assert time.monotonic() - begun < 60 * (0.25 + 0.25 * len(codes)) + 10  # starting Python is not counted
+        codes.append(found.returncode)
+        assert time.monotonic() - started < 280
+    assert codes[-1] == 0, found.stderr
+    assert codes[0] == command.OUT_OF_TIME
+    assert len(list((tmp_path / "cache" / "runs").glob("*/result.json"))) == 25
+
+
+def test_time_that_is_over_is_told(monkeypatch, capsys):
+    def late(*arguments, **options):
+        raise OutOfTime("3 of 7 runs are stored, 4 wait for more time")
+
+    monkeypatch.setattr(tasks, "records", late)
+    assert command.main(["train", "--profile", "smoke", "--only", "01", "--minutes", "1"]) == command.OUT_OF_TIME
+    assert "Time is over: 3 of 7 runs are stored" in capsys.readouterr().out
