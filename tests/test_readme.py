@@ -27,7 +27,7 @@ def _own_rules():
 
 @pytest.mark.usefixtures("_own_rules")
 @pytest.mark.parametrize(
-    ("title", "blocks"), [("Explore", 3), ("Bring your own network", 4), ("Optimize with a network", 1)]
+    ("title", "blocks"), [("Explore", 4), ("Bring your own network", 4), ("Optimize with a network", 1)]
 )
 def test_code_runs_in_order(title, blocks):
     found = code_of(title)

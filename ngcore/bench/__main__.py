@@ -4,7 +4,7 @@
 - `models`, `models_bfloat16`: training steps of the models that classify INRs;
 - `models_editing`: of those that edit INRs, with rendering what they make;
 - `epoch`: what a training epoch costs outside of the model and the optimizer;
-- `graph`: tracing (which also says how many seconds a network takes) and laying weights into the wiring; its workloads
+- `graph`: tracing (which also says how many seconds a network takes) and binding weights to the wiring; its workloads
   are in `ngcore.bench.graph`;
 - `zoo`: training populations of CNNs, and the models that read them (`ngcore.bench.zoo`);
 - `l2o`: seconds of a step of learned optimizers and of Adam, beside the network's own pass (`ngcore.bench.l2o`).

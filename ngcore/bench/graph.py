@@ -28,14 +28,14 @@ TITLES: dict[NetworkName, str] = {
 }
 LARGE = ("resnet18", "vit", "gpt2")
 ONCE = ("vit", "gpt2")  # a repetition of the edge list can take a minute: these are timed once, without a warm-up
-LAYINGS = 100  # laid in per repetition where once would be too short to time
+BINDINGS = 100  # per repetition, where once would be too short to time
 BATCH = 256
 BATCHES = 20  # of them per repetition of ours: one takes milliseconds
 DENSE_LIMIT_MB = 16 << 10  # the same on every machine, so that the rows are too
 GRAPH_NOTE = (
     "memory_mb: what one repetition takes at its peak beside the parameters and all else held before it\n"
     "ours are views of the parameters; the references are torch_geometric Data\n"
-    "ViT-B/16 and GPT-2 are laid in by one repetition, without a warm-up; ViT-B/16's edge list has an edge per pixel "
+    "ViT-B/16 and GPT-2 are bound by one repetition, without a warm-up; ViT-B/16's edge list has an edge per pixel "
     "of its kernels"
 )
 
@@ -48,7 +48,7 @@ def our_tracing(network: NetworkName) -> Workload:
     return Workload(lambda: trace(module, example), 1)
 
 
-def our_laying(network: NetworkName, times: int = LAYINGS) -> Workload:
+def our_binding(network: NetworkName, times: int = BINDINGS) -> Workload:
     """Laying in the weights of one network, `times` over."""
     from ngcore.bench import networks
     from ngcore.graph import trace
@@ -74,7 +74,7 @@ def plain_edge_list(network: NetworkName, times: int) -> Workload:
 
 
 def our_batch() -> Workload:
-    """The state dicts of many CNNs of one architecture are stacked, and laid in at once; many times over."""
+    """The state dicts of many CNNs of one architecture are stacked, and bound at once; many times over."""
     import torch
 
     from ngcore.graph import trace
@@ -154,14 +154,14 @@ def tracing_row(network: NetworkName) -> Benchmark:
 
 
 def laying_row(network: NetworkName, how: str, reference: Callable[..., Workload]) -> Benchmark:
-    title, times = f"{TITLES[network]}: lay in, against {how}", 1 if network in LARGE else LAYINGS
-    ours, plain = partial(our_laying, network), partial(reference, network, times)
+    title, times = f"{TITLES[network]}: bind weights, against {how}", 1 if network in LARGE else BINDINGS
+    ours, plain = partial(our_binding, network), partial(reference, network, times)
     warm_ups, repetitions = (0, 1) if network in ONCE else (1, 3)
     return Benchmark(title, "networks/s", ours, plain, "extra", warm_ups, repetitions)
 
 
 def batch_row(how: str, reference: Callable[[], Workload]) -> Benchmark:
-    title = f"{BATCH} Wild Park CNNs: lay in, against {how}"
+    title = f"{BATCH} Wild Park CNNs: bind weights, against {how}"
     return Benchmark(title, "networks/s", our_batch, reference, "extra", warm_ups=1, repetitions=3)
 
 

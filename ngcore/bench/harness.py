@@ -1,7 +1,7 @@
 """Timing two implementations of the same work side by side.
 
 Each side runs in a process of its own, under the same allocator settings. Both are warmed up first; then the
-parent asks for one repetition at a time, in turn, so that a busy spell of the machine slows both alike.
+parent asks for one repetition at a time, in turn, so that other load on the machine slows both alike.
 """
 
 from __future__ import annotations

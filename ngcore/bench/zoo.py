@@ -111,7 +111,7 @@ def park_graphs() -> list[NeuralGraph]:
 
 
 def our_park(method: str) -> Workload:
-    """Training steps on networks of many shapes; putting their batches together is part of them."""
+    """Training steps on networks of many architectures; putting their batches together is part of them."""
     import torch
 
     from ngcore.graph.collection import Collection

@@ -62,7 +62,7 @@ class Stack:
     target_hops: int
     source_hops: int
     slot: Int[Tensor, " blocks"]
-    present: Bool[Tensor, "blocks features"] | None
+    present: Bool[Tensor, "blocks _"] | None
     weights: Float[Tensor, "copies blocks targets sources features"]
 
 
@@ -251,7 +251,7 @@ def _layout(wiring: Wiring, frame: Frame, device: torch.device) -> _Layout:
                 source_hops=hops[block.source],
                 slot=torch.full((block.groups,), slot, device=device),
                 present=None if found.all() else found.to(device).expand(block.groups, -1),
-                weights=torch.empty(0, device=device).expand(0, block.groups, 0, 0, 0),
+                weights=torch.empty(0, block.groups, 0, 0, frame.features, device=device),
             )
         )
         identity = torch.equal(inside, torch.arange(frame.features))

@@ -65,7 +65,7 @@ class Symmetry:
 
     @cached_property
     def given_up(self) -> dict[str, tuple[str, ...]]:
-        """Parameters with axes that are pinned for want of a structure, each with the operators where it is wanting.
+        """Parameters with axes that are pinned because no structure describes them, each with its operators.
 
         Empty for a network whose operators are all understood.
         """
@@ -185,7 +185,7 @@ def _pieces(opened: list[Space]) -> tuple[int, list[list[Space]]]:
 
 
 def _merge_members(axes: Sequence[Space]) -> None:
-    """Unify the members of families that a tensor does not tell apart."""
+    """Unify the members of families that a tensor does not distinguish."""
     opened = _opened(axes)
     dim, pieces = _pieces(opened)
     if len(pieces) == 1:

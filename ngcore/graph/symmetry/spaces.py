@@ -5,7 +5,7 @@ splits one into a product, a slice into a sum, a constant that varies along one 
 whole network has been read is its group of neuron permutations: one symmetric group per free leaf, once for every
 value of the leaves on which it depends (every head permutes its dimensions by itself).
 
-Sound always: what is not understood is given up, i.e. pinned with a note of the operator. Permutations only, no signs,
+Anything that is not recognised is pinned, with a note of the operator. Permutations only, no signs,
 scales or rotations.
 """
 
@@ -31,14 +31,14 @@ class Space:
     sum or a product is made of `parts`, in the order of the axis; a family is a leaf that differs with another one,
     `index`, of which it has one part for every value.
 
-    `pinned` says whether a leaf holds its order; it is the name of an operator where that is for want of a structure.
+    `pinned` says whether a leaf holds its order; it names the operator where no structure describes what that allows.
     """
 
     __slots__ = ("depends", "index", "kind", "link", "parts", "pinned", "size")
 
     def __init__(self, size: int, kind: Kind = "leaf", parts: Sequence[Space] = (), pinned: Pinned = False) -> None:
         self.size, self.kind, self.parts, self.pinned = size, kind, list(parts), pinned
-        self.link: Space | None = None  # the space that this one turned out to be
+        self.link: Space | None = None  # the space that this one is part of
         self.index: Space | None = None
         # a leaf depends on the spaces that occur in every one of these lists, if there is any list
         self.depends: list[list[Space]] = []
@@ -231,7 +231,7 @@ def cut(space: Space, sizes: Sequence[int]) -> list[Space]:
 
 
 def unify(a: Space, b: Space) -> Space:
-    """Make two spaces one, index by index; what has no common structure is given up."""
+    """Make two spaces one, index by index; what has no common structure is pinned."""
     a, b = resolve(a), resolve(b)
     if a is b or b.kind == "uniform":
         return a

@@ -2,11 +2,11 @@
 
 An NF-Layer adds, for every entry of a weight matrix, maps of the global means of all layers, of its row's and its
 column's mean, of the means and biases that its neighbours hold for the same neurons, and of the entry itself, with
-coefficients that the permutations cannot tell apart shared: every linear map that commutes with them, which is
+coefficients that the permutations exchange shared: every linear map that commutes with them, which is
 `EquivariantLayer` with means. `ngcore.reference.nfn` writes it term by term, as the paper does.
 
 NFN_HNP keeps input and output neurons apart by coefficients of their own; NFN_NP treats them like hidden ones and
-tells them apart by encodings. Of a convolution the neurons are channels, and a kernel's positions are channels of
+distinguishes them by encodings. Of a convolution the neurons are channels, and a kernel's positions are channels of
 the metanetwork.
 
 There is no normalization between the layers: what enters is standardized, per weight matrix and per bias vector, and
@@ -32,7 +32,7 @@ CHANNELS = (48, 48, 48)
 
 
 class IOEncoding(nn.Module):
-    """Learned vectors that tell the neurons of the input apart, and those of the output.
+    """Learned vectors that distinguish the neurons of the input, and those of the output.
 
     Without them a network that commutes with NP cannot know which input or which class a weight belongs to. One vector
     per neuron and tensor, learned rather than sinusoidal: classes and coordinates have no order to carry over.
@@ -61,7 +61,7 @@ class NFStack(ParameterReader):
         channels: per scalar of the input network, after each hidden layer.
         frequencies: of Gaussian Fourier features of every scalar; 0 reads the scalars themselves.
         sigma: standard deviation of the frequencies.
-        io_encoding: with NP, tell input neurons apart, and output neurons, after the first layer.
+        io_encoding: with NP, distinguish input neurons, and output neurons, after the first layer.
         dropout: of the features after every ReLU.
     """
 

@@ -22,7 +22,7 @@ def statistics(graphs: Sequence[NeuralGraph], frame: Frame) -> Float[Tensor, "ne
     Layers that a network does not have are zeros. Skip connections, which have no parameters, are not seen.
 
     Args:
-        graphs: of one wiring each, with one batch axis of networks; the networks are numbered in this order.
+        graphs: each with a single wiring and one batch axis of networks; the networks are numbered in this order.
         frame: the frame of all wirings; six layers make 84 features.
     """
     return torch.cat([_statistics_of(graph, frame) for graph in graphs])

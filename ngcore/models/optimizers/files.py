@@ -35,7 +35,7 @@ def shipped_file(method: str) -> Path:
 
 
 def shipped(method: str) -> LearnedOptimizer:
-    """A learned optimizer that comes with the repository, meta-trained on FashionMNIST; errors as of `shipped_file`.
+    """A learned optimizer that comes with ngcore, meta-trained on FashionMNIST; raises what `shipped_file` does.
 
     `shipped(method).bind(network, example_input)` optimizes a network.
     """

@@ -61,7 +61,7 @@ class Layout:
 
         Raises:
             TraceError: it has operators that the graph cannot hold.
-            ValueError: as of the class.
+            ValueError: see the class.
         """
         parameters = dict(network.named_parameters())
         if not parameters:

@@ -17,7 +17,7 @@ from ngcore.models.optimizers.context import FEATURES, LayerLSTM, NFNContext, NG
 from ngcore.models.optimizers.layout import Layout
 
 DECAYS = (0.5, 0.9, 0.99, 0.999, 0.9999)  # of the momenta
-P = 10.0  # smallest logarithm that is told apart (Andrychowicz et al., 2016)
+P = 10.0  # smallest logarithm that is distinguished (Andrychowicz et al., 2016)
 ALPHA = BETA = 1e-3
 HIDDEN = 32
 INITIAL_SCALE = 0.1
@@ -105,7 +105,7 @@ class LearnedOptimizer(nn.Module):
 
 
 class BoundOptimizer(torch.optim.Optimizer):
-    """A learned optimizer and a network's parameters; `step`, `zero_grad` and `state_dict` as of any other.
+    """A learned optimizer and a network's parameters; with `step`, `zero_grad` and `state_dict` like any other.
 
     The state of a parameter are its momenta, (5, *shape).
     """
@@ -172,7 +172,7 @@ class BoundOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def observe(self) -> tuple[Float[Tensor, " scalars"], Float[Tensor, "scalars 14"]]:
-        """Take the gradients into the momenta; the gradients, and what the rule reads. Errors as of `step`."""
+        """Take the gradients into the momenta; the gradients, and what the rule reads. Raises what `step` does."""
         gradients = self._gradients()
         weights = self.layout.flatten(self.parameters)
         if not self.state:
