@@ -3,8 +3,12 @@
 import hypothesis
 import pytest
 import torch
+from examples import examples
 
 from ngcore.graph import NeuralGraph, Wiring
+
+hypothesis.settings.register_profile("suite", examples(20))
+hypothesis.settings.load_profile("suite")
 
 
 class TorchRandom:

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from properties import permute, random_permutations
 
@@ -42,7 +43,7 @@ def tiny(model_class, wiring: Wiring, **options):
 
 @pytest.mark.parametrize("model_class", [SetNN, DWSNet])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@settings(deadline=None, max_examples=25)
+@examples(8)
 @given(sizes=sizes, seed=st.integers(0, 2**20))
 def test_hidden_neurons_may_be_permuted(model_class, training, sizes, seed):
     torch.manual_seed(seed)
@@ -63,7 +64,7 @@ def test_the_mlp_is_not_invariant(training):
 
 
 @each_model
-@settings(deadline=None, max_examples=25)
+@examples(8)
 @given(sizes=sizes, seed=st.integers(0, 2**20))
 def test_a_network_alone_and_in_a_batch_give_the_same_output(model_class, sizes, seed):
     torch.manual_seed(seed)

@@ -4,7 +4,8 @@ import re
 
 import pytest
 import torch
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from properties import permute, random_permutations
 from weight_spaces import ARCHITECTURES, CNN, assert_same_graph, cnn, name_of, partly_biased, random_graph, wiring_of
@@ -19,7 +20,7 @@ SMALL = {"channels": (3, 4), "dropout": 0.0}
 GROUPS = ("HNP", "NP")
 each_group = pytest.mark.parametrize("group", GROUPS)
 each_mode = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-few = settings(deadline=None, max_examples=8)
+few = examples(4)  # of each group and mode
 
 
 def end_permutations(wiring: Wiring) -> dict[int, torch.Tensor]:

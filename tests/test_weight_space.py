@@ -6,7 +6,8 @@ from itertools import permutations, product
 
 import pytest
 import torch
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from properties import permute
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
@@ -157,7 +158,7 @@ def test_random_maps_averaged_over_the_group_are_layers(wiring, group):
 
 
 @pytest.mark.parametrize("group", ["HNP", "NP"])
-@settings(deadline=None, max_examples=8)
+@examples(5)
 @given(architecture=ARCHITECTURES)
 def test_features_and_graph_are_inverse(group, architecture):
     wiring = wiring_of(architecture)
