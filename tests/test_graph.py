@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ngcore.graph import mlp
 from ngcore.graph.draw import draw
-from ngcore.graph.simulate import activations
+from ngcore.graph.forward import activations
 
 matplotlib.use("Agg")
 sizes = st.lists(st.integers(1, 6), min_size=2, max_size=5)

@@ -36,7 +36,7 @@ FLOORS = (
     {"pyg", "symmetry"},
     {"wiring"},
     {"architectures", "dialects", "frame", "batch", "collection", "tracing"},
-    {"forward", "simulate", "draw", "message_passing"},
+    {"steps", "readings", "forward", "simulate", "draw", "message_passing"},
 )
 
 # Declared although nothing imports them, and what they do.

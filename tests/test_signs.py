@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ngcore.graph import mlp, trace
-from ngcore.graph.simulate import activations
+from ngcore.graph.forward import activations
 from ngcore.models.signs import canonical_signs
 from ngcore.tasks.inr_classification import build_model
 from ngcore.tasks.inr_sets import WIRING

@@ -12,8 +12,9 @@ from properties import randomized
 from torch import nn
 
 from ngcore.graph import mlp, trace
+from ngcore.graph.forward import activations
 from ngcore.graph.message_passing import ForwardPass
-from ngcore.graph.simulate import SimulationError, activations, simulate
+from ngcore.graph.simulate import SimulationError, simulate
 
 ACTIVATIONS = [
     nn.ReLU(), nn.Tanh(), nn.Sigmoid(), nn.GELU(), nn.GELU(approximate="tanh"), nn.SiLU(), nn.ELU(0.7), nn.Softplus(),
@@ -256,21 +257,6 @@ def test_message_passing_runs_an_mlp(sizes, activation, seed):
     graph = mlp(sizes, activation).graph(state)
     torch.testing.assert_close(ForwardPass(activation)(graph.to_data(), points), x, rtol=0, atol=1e-9)
     torch.testing.assert_close(simulate(graph, points), x, rtol=0, atol=1e-9)
-
-
-def test_activations_of_a_traced_network_are_refused():
-    """Its sine units, by their name sin(x), have a factor that the name does not tell."""
-    network = nn.Sequential(nn.Linear(2, 3), Siren(), nn.Linear(3, 1)).double()
-    points = doubles(4, 2)
-    graph = trace(network, points).graph(network.state_dict())
-    torch.testing.assert_close(simulate(graph, points), network(points), rtol=0, atol=1e-9)
-    with pytest.raises(ValueError, match="need a wiring made by `mlp`"):
-        activations(graph, points)
-
-
-class Siren(nn.Module):
-    def forward(self, x):
-        return torch.sin(30 * x)
 
 
 def test_activations_take_batches(random_graph):

@@ -15,7 +15,7 @@ from ngcore.graph.wiring import Wiring
 
 
 def mlp(sizes: Sequence[int], activation: str = "relu") -> Wiring:
-    """Wiring of a multi-layer perceptron with parameters `layers.<i>.weight` and `layers.<i>.bias`, as `trace` finds it.
+    """Wiring of a multi-layer perceptron with parameters `layers.<i>.weight` and `layers.<i>.bias`, as `trace` has it.
 
     `sizes` counts the neurons from input to output; the activation follows every layer but the last.
     """

@@ -2,51 +2,20 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from ngcore.activations import function_of
+from ngcore.graph.forward import activations, outputs
+from ngcore.graph.steps import call
 from ngcore.graph.structure import Reference, Step
 from ngcore.graph.tracing.reader import NO_NEURON
 from ngcore.graph.tracing.rules.parameters import form_of_convolution
 from ngcore.graph.wiring import NeuralGraph
 
-
-def activations(graph: NeuralGraph, points: Float[Tensor, "points inputs"]) -> list[Float[Tensor, ...]]:
-    """Every neuron's activation at the given inputs, by one batched forward pass (paper, equation 2).
-
-    The networks of the batch must be feed-forward with one input group and blocks in the order of computation. Other
-    neurons that no edge enters are bias nodes: they are 1.
-
-    Shapes:
-        result[g]: (*batch, size of group g, points); the input group shows the points themselves.
-
-    Raises:
-        ValueError: a traced wiring, which may do more between its neurons than their activations' names tell.
-    """
-    if graph.wiring.steps:
-        raise ValueError(
-            "activations by name need a wiring made by `mlp`: a traced network may do more between its neurons, "
-            "such as sin(30 x), whose factor no name tells; `simulate` runs it"
-        )
-    groups, first = graph.wiring.groups, graph.edges[0]
-    batch = first.shape[:-3]
-    sums: list[Tensor | None] = [None] * len(groups)
-    values = [points.T.expand(*batch, *points.T.shape)]
-    values += [first.new_ones(1).expand(*batch, group.size, len(points)) for group in groups[1:]]
-    for b, (block, edges) in enumerate(zip(graph.wiring.blocks, graph.edges, strict=True)):
-        product = edges.squeeze(-1) @ values[block.source]
-        before = sums[block.target]
-        sums[block.target] = product if before is None else before + product
-        if all(later.target != block.target for later in graph.wiring.blocks[b + 1 :]):
-            activation = function_of(groups[block.target].activation)
-            values[block.target] = activation(sums[block.target] + graph.nodes[block.target])
-    return values
+__all__ = ["Simulation", "SimulationError", "activations", "simulate"]
 
 
 class SimulationError(ValueError):
@@ -73,7 +42,7 @@ def simulate(graph: NeuralGraph, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]
         raise ValueError("simulate takes one network: index the batch first, as in simulate(graph[0], points)")
     if not graph.wiring.steps:
         (points,) = inputs
-        return activations(graph, points)[-1].T
+        return outputs(graph, points)
     simulation = Simulation(graph)
     returned = simulation(*inputs)
     return returned[0] if len(returned) == 1 else returned
@@ -205,18 +174,10 @@ class Simulation:
         return self.biases[targets]
 
 
-def call(step: Step, arguments: Sequence[Any]) -> Any:
-    """Run an operator on tensors."""
-    if step.operator == "getitem":
-        return operator.getitem(*arguments)
-    library, name, overload = step.operator.split(".")
-    return getattr(getattr(getattr(torch.ops, library), name), overload)(*arguments, **step.keywords)
-
-
 def run(simulation: Simulation, step: Step) -> Any:
     """An operator between the neurons: it moves, pools or transforms values and makes no edges."""
     simulation.only(step)
-    return call(step, simulation.resolved(step.arguments))
+    return call(step, simulation.resolved(step.arguments), step.keywords)
 
 
 def elementwise(simulation: Simulation, step: Step) -> Tensor:
@@ -232,7 +193,7 @@ def elementwise(simulation: Simulation, step: Step) -> Tensor:
             return found
         return found * edges.factor(simulation.ids(argument), step.ids)
 
-    return call(step, [value(argument) for argument in step.arguments])
+    return call(step, [value(argument) for argument in step.arguments], step.keywords)
 
 
 def with_parameter(simulation: Simulation, step: Step, parameter: Reference) -> Tensor:
@@ -300,6 +261,7 @@ def attention(simulation: Simulation, step: Step) -> Tensor:
             v * edges.single(values, step.ids),
             *rest,
         ],
+        step.keywords,
     )
     return gathered * edges.single(scores, step.ids)
 
@@ -318,7 +280,7 @@ def convolution(simulation: Simulation, step: Step) -> Tensor:
     features = features.transpose(1, 2) if transposed else features
     weights = features.flatten(0, 1).unflatten(-1, kernel)
     biases = None if bias is None else simulation.bias(bias, targets)
-    return call(step, [simulation.resolved(argument), weights, biases, *rest])
+    return call(step, [simulation.resolved(argument), weights, biases, *rest], step.keywords)
 
 
 def norm(simulation: Simulation, step: Step) -> Tensor | tuple[Tensor, ...]:
@@ -326,7 +288,7 @@ def norm(simulation: Simulation, step: Step) -> Tensor | tuple[Tensor, ...]:
     argument = step.arguments[0]
     parameters = [x for x in step.arguments if simulation.parameter(x)]
     plain = [None if simulation.parameter(x) else simulation.resolved(x) for x in step.arguments]
-    normalized = call(step, plain)
+    normalized = call(step, plain, step.keywords)
     if not parameters:
         return normalized
     edges = simulation.only(step, "normalization")

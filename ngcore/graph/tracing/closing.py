@@ -149,7 +149,7 @@ def left_blocks(reader: Reader, left: Sequence[Left], numbers: Numbers) -> tuple
 
 
 def closed(reader: Reader, exported: torch.export.ExportedProgram) -> Wiring:
-    """Close the books: activations, outputs, layers, names."""
+    """Finish: activations, outputs, layers, names."""
     left = left_groups(reader)
     numbers = Numbers(reader, left)
     blocks, made = left_blocks(reader, left, numbers)
