@@ -4,13 +4,15 @@ set -euo pipefail
 
 usage() {
     cat <<'EOF'
-Usage: ./run_all.sh [--profile P] [--only 01,03]    execute the notebooks
+Usage: ./run_all.sh [--profile P] [--only 01,03] [--data-dir DIR]    execute the notebooks
        ./run_all.sh figures [--profile P]           redraw tables and figures from stored runs, without training
        ./run_all.sh test                            lint and test everything
        ./run_all.sh --help
 
   --profile P     how large the experiments are: a file of notebooks/profiles (default: quick)
   --only 01,03    only the notebooks with these numbers
+  --data-dir DIR  read published archives that are in DIR: mnist-inrs, fmnist_inrs (or .zip), small_cnn_zoo_cifar10,
+                  cnn_wild_park
 
 Uses the active virtual or conda environment, else makes .venv; installs what is missing there, once.
 Finished runs are stored in cache/ (elsewhere if NGCORE_CACHE names a directory) and found again: stop whenever you
@@ -30,7 +32,7 @@ fail_usage() {
 }
 
 parse_arguments() {
-    action=run profile=quick only=
+    action=run profile=quick only= data_dir=
     case ${1-} in
         figures | test)
             action=$1
@@ -47,6 +49,7 @@ parse_arguments() {
                 ;;
             run:--profile | figures:--profile) profile=${2-} ;;
             run:--only) only=${2-} ;;
+            run:--data-dir) data_dir=${2-} ;;
             run:*) fail_usage "unknown option '$1'" ;;
             *) fail_usage "'$action' has no option '$1'" ;;
         esac
@@ -139,6 +142,11 @@ if [[ -n ${NGCORE_CACHE:-} ]]; then
     esac
 fi
 cache=${NGCORE_CACHE:-$root/cache}
+if [[ -n $data_dir ]]; then
+    [[ -d $data_dir ]] || fail "--data-dir: $data_dir is no directory" 2
+    NGCORE_DATA=$(cd "$data_dir" && pwd)
+    export NGCORE_DATA
+fi
 cd "$root"
 
 require_profile

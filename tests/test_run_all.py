@@ -116,7 +116,7 @@ def test_help(project):
     for arguments in (["--help"], ["-h"], ["test", "--help"]):
         result = project.run(*arguments)
         assert (result.returncode, result.stderr) == (0, "")
-        assert result.stdout.startswith("Usage: ./run_all.sh [--profile P] [--only 01,03]")
+        assert result.stdout.startswith("Usage: ./run_all.sh [--profile P] [--only 01,03] [--data-dir DIR]")
     assert project.log() == []
 
 
@@ -128,6 +128,7 @@ def test_help(project):
         (["--profile"], "--profile needs a value"),
         (["--only", ""], "--only needs a value"),
         (["figures", "--only", "01"], "'figures' has no option '--only'"),
+        (["--data-dir", "/nowhere"], "--data-dir: /nowhere is no directory"),
         (["test", "--profile", "quick"], "'test' has no option '--profile'"),
         (["--profile", "gpu"], "unknown profile 'gpu'; there are: quick smoke"),
     ],

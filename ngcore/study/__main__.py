@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 1 a notebook or run failed, 2 wrong arguments, 3 the time was over first, 130 interrupted."""
     options = _parser().parse_args(arguments)
     try:
+        if getattr(options, "data_dir", None) is not None:
+            _use_archives(options.data_dir)
         if options.command == "train":
             train(options.profile, options.only, options.minutes)
         else:
@@ -39,6 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("Stopped. Start again to go on: finished runs are stored.", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _use_archives(directory: Path) -> None:
+    """Let this process, and those that it starts, read the published archives of a directory."""
+    if not directory.is_dir():
+        raise ProfileError(f"--data-dir: {directory} is no directory")
+    os.environ["NGCORE_DATA"] = str(directory.resolve())
 
 
 def show(profile: str, only: Sequence[str] | None, train: bool) -> None:
@@ -77,6 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     for command in (run, runs, figures):
         command.add_argument("--profile", default="quick", help="a file of notebooks/profiles (default: quick)")
     for command in (run, runs):
+        command.add_argument(
+            "--data-dir", type=Path, help="a directory of published archives, read where there are any"
+        )
         command.add_argument("--only", type=lambda text: text.split(","), help="numbers of notebooks, such as 01,03")
     runs.add_argument("--minutes", type=float, help="come to an end before so many minutes are over")
     return parser

@@ -35,7 +35,7 @@ class Job:
     """A run under way: where it is stored, how it is executed, and whom it tells.
 
     Args:
-        micro_batch, compiled: as of `Execution`, of this run's method.
+        micro_batch, compiled: see `Execution`; of this run's method.
         require: the place of another run, which is executed where it is not stored.
     """
 

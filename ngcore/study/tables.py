@@ -81,7 +81,7 @@ def summarize(
 def values_of(
     records: Sequence[Mapping[str, Any]], *, metric: str, scale: int | float = 1, by: Sequence[str]
 ) -> pd.DataFrame:
-    """A metric of every run: columns *by, seed, value; arguments and errors as of `summarize`."""
+    """A metric of every run: columns *by, seed, value; arguments and errors are those of `summarize`."""
     if not records:
         raise ValueError(f"no records to summarize {metric!r} of: run the notebook's profile first")
     rows = pd.DataFrame([_row(record, metric, by) for record in records])

@@ -47,8 +47,8 @@ class Config:
         dataset: "cifar10_gs", "cifar10_wild_park", or "both" for one model trained on both.
         method: a key of METHODS.
         loss: on the sigmoid of what the model returns: "bce", binary cross entropy, or "mse", mean squared error.
-        target: what is predicted, as of `targets_of`. Activations are hidden from models that are asked for them.
-        split: "random", or as of `trained_shapes`: train and select on some shapes and test on the others too.
+        target: what is predicted, see `targets_of`. Activations are hidden from models that are asked for them.
+        split: "random", or see `trained_shapes`: train and select on some shapes and test on the others too.
         shuffled: give the training networks each other's targets, so that there is nothing to learn: the control.
         options: further arguments of the model, as pairs.
     """
@@ -257,7 +257,7 @@ class Prediction:
     Args:
         inputs: what the model reads, indexed by rows of the table.
         sizes: of the networks, for methods that read networks of like size together.
-        rows: the networks of every split, as of `rows_of`.
+        rows: the networks of every split, see `rows_of`.
         known: targets that training and selection see; `targets` are the true ones.
     """
 
@@ -456,7 +456,8 @@ def runs(parameters: Mapping[str, Any]) -> Runs:
         every += configs(dataset, parameters["more_methods"])
         for method, seeds in parameters["control"].items():
             every += configs(dataset, [method], seeds, shuffled=True)
-        for target in parameters["probing"].get(dataset, ()):
+        told = populations[1].archive is None or dataset != "cifar10_wild_park"  # its checkpoints tell accuracy alone
+        for target in parameters["probing"].get(dataset, ()) if told else ():
             every += configs(dataset, parameters["probing_methods"], target=target)
     every += configs("both", parameters["joint"])
     for split in parameters["splits"]:

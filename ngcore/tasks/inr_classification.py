@@ -99,7 +99,7 @@ ROWS = (
 )  # of tables 3 and 4: method and number of probe features
 
 
-# Ways of training that are not the paper's: what differs from a row of the tables, as of `changed`. Under "smooth",
+# Ways of training that are not the paper's: what differs from a row of the tables, see `changed`. Under "smooth",
 # nearby weights get nearby Fourier features.
 RECIPES: dict[str, dict[str, Any]] = {
     "smooth": {"sigma": 0.3},
@@ -133,7 +133,7 @@ def table_configs(data: INRData, schedule: Schedule, *, seeds: Mapping[int, int]
 
     Args:
         seeds: number of probe features -> number of seeds.
-        settings: of all rows, as of `row_configs`.
+        settings: of all rows, see `row_configs`.
     """
     return [
         config
@@ -172,7 +172,7 @@ def build_model(
     """A metanetwork by the name of its method, for graphs whose biases stand as `BIASES` says.
 
     Raises:
-        ValueError: `biases` or `signs` is none of `BIASES` or `SIGNS`, or as of `inr_sets.build`.
+        ValueError: `biases` or `signs` is none of `BIASES` or `SIGNS`, or see `inr_sets.build`.
     """
     for what, value, known in (("biases", biases, BIASES), ("signs", signs, SIGNS)):
         if value not in known:

@@ -13,10 +13,13 @@ from torch import Tensor
 
 from ngcore.data.images.subsets import load_images
 from ngcore.data.inrs.sets import INRSet, Recipe, fit_set, siren
+from ngcore.data.inrs.siren import render
 from ngcore.graph import mlp
 from ngcore.study.execution import Execution, best_device, default_workers
 from ngcore.study.methods import Methods, known
 from ngcore.study.runs import Record, cache_directory, tensor_digest
+from ngcore.study.tables import describe_scale
+from ngcore.tasks.archives import archive_of, read_inrs
 
 EVALUATION_BATCH = {"cpu": 64, "cuda": 256}
 WIRING = mlp(siren.SIZES, "siren")
@@ -28,6 +31,7 @@ class INRData:
 
     Args:
         steps, learning_rate: of their fitting; the papers' for MNIST where not given.
+        archive: the name of the published archive that they are read from instead, see `archives`.
     """
 
     dataset: str
@@ -36,10 +40,16 @@ class INRData:
     test: int
     steps: int = 1450
     learning_rate: float = 1e-3
+    archive: str | None = None
 
 
 def data_of(parameters: Mapping[str, Any], dataset: str) -> INRData:
-    """The INRs that a notebook's parameters ask for; steps and rate of the fits may be given by data set."""
+    """The INRs that a notebook's parameters ask for: published ones where the user has them, else fitted ones, whose
+    steps and rate may be given by data set."""
+    archive = archive_of(dataset)
+    if archive is not None:
+        counts = (parameters[f"{name}_size"] for name in ("train", "validation", "test"))
+        return INRData(dataset, *counts, archive=archive)
     steps, rate = (parameters[name] for name in ("inr_steps", "inr_learning_rate"))
     return INRData(
         dataset,
@@ -62,6 +72,8 @@ def fit_inrs(data: INRData, *, workers: int | None = None, compiled: bool = Fals
     Args:
         workers: processes; None for one per core, or one with a GPU.
     """
+    if data.archive is not None:
+        return read_inrs(data.archive, {"train": data.train, "validation": data.validation, "test": data.test})
     sets = {
         split: fit_set(
             Recipe(data.dataset, split, data.steps, data.learning_rate),
@@ -94,7 +106,9 @@ def prepare(configs: Sequence[Any], execution: Execution) -> None:
 
 
 def images_of(data: INRData) -> dict[str, Float[Tensor, "n 28 28"]]:
-    """The images that every split's INRs were fitted to, 0 to 1."""
+    """The images that every split's INRs were fitted to, 0 to 1; of published ones, what they draw."""
+    if data.archive is not None:
+        return {split: render(inrs.parameters).clamp(0, 1) for split, inrs in fit_inrs(data).items()}
     known, test = (
         load_images(data.dataset, split, count, cache=cache_directory()).pixels.float() / 255
         for split, count in (("train", data.train + data.validation), ("test", data.test))
@@ -124,6 +138,22 @@ def build(methods: Methods, method: str, probes: int, *sizes: Any, **options: An
     if probes and not found.probes:
         raise ValueError(f"{method} takes no probe features, but probes = {probes}")
     return found.build(*sizes, **({"probes": probes} if probes else {}), **options)
+
+
+def describe(records: Sequence[Record], profile: str) -> str:
+    """The scale of runs on INRs, for captions."""
+    archives = sorted({record["config"]["data"].get("archive") or "" for record in records})
+    fields = {
+        "data.train": "training INRs",
+        "data.steps": "fitting steps each",
+        "schedule.epochs": "epochs",
+        "schedule.batch": "INRs a batch",
+        "schedule.warmup": "warm-up steps",
+    }
+    if archives == [""]:
+        return describe_scale(records, profile, fields)
+    del fields["data.steps"]
+    return f"{describe_scale(records, profile, fields)} Published INRs of {', '.join(archives)}."
 
 
 def evaluation_batches(inrs: INRSet) -> Iterator[Int[Tensor, " batch"]]:

@@ -334,7 +334,7 @@ PLAN = Plan(runs, ("meta_training", "learning_to_optimize", "optimizer_cost"))
 def cost(task: Task, methods: Sequence[str]) -> pd.DataFrame:
     """What a step of every optimizer costs, and of the network's own forward and backward pass.
 
-    Measured in turns, so that a busy spell of the machine slows all alike. A learned optimizer's weights do not matter.
+    Measured in turns, so that other load on the machine slows all alike. A learned optimizer's weights do not matter.
 
     Returns:
         A row per method: `step_ms` of the optimizer and `task_ms` of the network (medians), `step_mb`, the most memory

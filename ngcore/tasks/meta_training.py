@@ -1,6 +1,6 @@
 """Meta-training of learned optimizers (paper, section 4.3): each outer step trains a network for 100 inner steps.
 
-The optimizer's inputs are held fixed: gradients and momenta, as of Andrychowicz et al. (2016), and weights too, which
+The optimizer's inputs are held fixed: gradients and momenta, as in Andrychowicz et al. (2016), and weights too, which
 is ours. What is differentiated is how a change, once made, adds to all later weights. With changes u_t(φ), gradients
 g_t of the losses L_t and θ_t = θ_0 + Σ_{s<t} u_s,
 
@@ -54,7 +54,7 @@ class Config:
         trained_on: the task; its validation images select the weights.
         outer_steps: steps of Adam on the optimizer's own weights.
         inner_steps: steps of the network between them, through which gradients pass.
-        horizon: steps after which a network is given up and a new one begins.
+        horizon: steps after which a new network takes a network's place.
         networks: that are under way, at ages spread over the horizon; outer steps train them on in turns.
         learning_rate: of the outer Adam.
         clip: largest norm of the outer gradient.
@@ -151,7 +151,7 @@ class MetaTraining:
         return Learner(network, self.bind(network), 0)
 
     def bind(self, network: nn.Module) -> BoundOptimizer:
-        """As of the rule, but the layout, which all networks of the task share, is not read again."""
+        """`rule.bind`, but the layout, which all networks of the task share, is not read again."""
         return BoundOptimizer(self.rule, dict(network.named_parameters()), self.layout)
 
     def outer_step(self, step: int) -> float:

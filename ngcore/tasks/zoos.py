@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ngcore.data.zoos import cifar10_gs, wild_park
+from ngcore.data.zoos import archives, cifar10_gs, wild_park
 from ngcore.data.zoos.cnn import Architecture
-from ngcore.data.zoos.populations import Population
+from ngcore.data.zoos.populations import Checkpoints, Population, PopulationError
 from ngcore.graph import NeuralGraph, Wiring
 from ngcore.graph.architectures import cnn
 from ngcore.graph.collection import Collection
@@ -25,6 +25,7 @@ from ngcore.models.baselines.stat_nn import statistics
 from ngcore.study.execution import Execution, default_workers
 from ngcore.study.run import Experiment, Job, Outcome
 from ngcore.study.runs import cache_directory, tensor_digest
+from ngcore.tasks.archives import archive_of, path_of
 
 # Shares of the training runs that metanetworks train on and are selected on; the rest is for testing. Of CIFAR10-GS
 # half is, as in the paper; for the Wild Park it does not say.
@@ -37,10 +38,11 @@ SHARES = {
 
 @dataclass(frozen=True)
 class Zoo:
-    """A population: training runs 0 to `runs` - 1 of a recipe."""
+    """A population: training runs 0 to `runs` - 1 of a recipe, or as many of a published archive, see `archives`."""
 
     runs: int
     recipe: cifar10_gs.Recipe | wild_park.Recipe
+    archive: str | None = None
 
     def __post_init__(self) -> None:
         if self.runs < 1:
@@ -55,13 +57,37 @@ class Zoo:
 
         Args:
             workers: processes; None for one per core, or one where a GPU trains the networks of CIFAR10-GS.
-            compiled: as of `cifar10_gs.generate_zoo`.
+            compiled: see `cifar10_gs.generate_zoo`.
         """
+        if self.archive is not None:
+            return read_published(self)
         if isinstance(self.recipe, cifar10_gs.Recipe):
             workers = workers or default_workers()
             return cifar10_gs.generate_zoo(self.recipe, self.runs, cache_directory(), workers, compiled=compiled)
         workers = workers or torch.get_num_threads()
         return wild_park.generate_park(self.recipe, self.runs, cache_directory(), workers)
+
+
+def read_published(zoo: Zoo) -> Population:
+    """The first training runs of a published population.
+
+    Raises:
+        FileNotFoundError, PopulationError: it is not there, it is damaged, or it has fewer runs; names the file.
+    """
+    path = path_of(zoo.archive)
+    read = archives.read_small_zoo if isinstance(zoo.recipe, cifar10_gs.Recipe) else archives.read_wild_park
+    population = read(path)
+    runs = sorted({row["run"] for part in population.parts for row in part.rows})
+    if len(runs) < zoo.runs:
+        raise PopulationError(f"{path} has {len(runs)} training runs, but {zoo.runs} are asked for")
+    wanted = set(runs[: zoo.runs])
+    return Population(tuple(_with_runs(part, wanted) for part in population.parts), population.rejected)
+
+
+def _with_runs(part: Checkpoints, wanted: set[Any]) -> Checkpoints:
+    kept = [i for i, row in enumerate(part.rows) if row["run"] in wanted]
+    parameters = {name: values[kept] for name, values in part.parameters.items()}
+    return Checkpoints(part.architecture, parameters, tuple(part.rows[i] for i in kept))
 
 
 def wiring_of(architecture: Architecture, flatten: Flatten = "layer") -> Wiring:
@@ -77,7 +103,7 @@ class Networks:
     Attributes:
         table: a row per network, with its `dataset`.
         architectures: of which there is one graph each.
-        graphs: of one wiring each, with one batch axis.
+        graphs: each with a single wiring and one batch axis.
         digest: of all parameters and of what the table says.
         frame: that holds all of them.
     """
@@ -149,9 +175,15 @@ def load(zoos: tuple[Zoo, ...], hide_activations: bool) -> Networks:
 
 
 def split_rows(table: pd.DataFrame) -> dict[str, Int[Tensor, " networks"]]:
-    """Rows of "train", "validation" and "test", by whole training runs, the same for all seeds."""
+    """Rows of "train", "validation" and "test", by whole training runs, the same for all seeds.
+
+    A published population that says which networks are for what is split as it says.
+    """
     of_row = pd.Series("test", index=table.index)
     for dataset, rows in table.groupby("dataset"):
+        if "split" in rows and rows["split"].notna().all():
+            of_row[rows.index] = rows["split"].replace("val", "validation")
+            continue
         runs = np.random.default_rng(0).permutation(np.sort(rows["run"].unique()))
         train, validation = (round(share * len(runs)) for share in SHARES[dataset])
         of_row[rows.index[rows["run"].isin(runs[:train])]] = "train"
@@ -165,7 +197,7 @@ def split_rows(table: pd.DataFrame) -> dict[str, Int[Tensor, " networks"]]:
 def zoo_of(parameter: Mapping[str, Any], recipe: type) -> Zoo:
     """The population of a notebook's parameter: `runs`, and the fields of its recipe."""
     fields = dict(parameter)
-    return Zoo(fields.pop("runs"), recipe(**fields))
+    return Zoo(fields.pop("runs"), recipe(**fields), archive_of(recipe.dataset))
 
 
 def prepare(configs: Sequence[Any], execution: Execution) -> None:
@@ -219,4 +251,8 @@ def sizes_in_words(zoos: Sequence[Zoo]) -> str:
         "cifar10_wild_park": f"Wild Park: {park}",
         "cifar10_wild_park_flattened": f"Wild Park with flattening: {park}",
     }
-    return "; ".join(words[zoo.dataset].format(runs=zoo.runs, **asdict(zoo.recipe)) for zoo in zoos)
+    made = [words[zoo.dataset].format(runs=zoo.runs, **asdict(zoo.recipe)) for zoo in zoos]
+    published = [f"{words[zoo.dataset].split(':')[0]}: {zoo.runs:,} published runs of {zoo.archive}" for zoo in zoos]
+    return "; ".join(
+        own if zoo.archive is None else theirs for zoo, own, theirs in zip(zoos, made, published, strict=True)
+    )

@@ -311,26 +311,10 @@ def train(
             batch below 1.
     """
     _check(images, labels, activation)
-    if not draws or len(draws) != len(seeds):
-        raise ValueError(f"every network needs a draw and a seed, got {len(draws)} draws and {len(seeds)} seeds")
-    if steps < 1 or batch < 1:
-        raise ValueError(f"steps and batch must be at least 1, got {steps} and {batch}")
+    _check_work(draws, seeds, steps, batch)
     step = _compiled_step() if compiled else _step
     choices = [Choices(draw, seed, len(images), batch) for draw, seed in zip(draws, seeds, strict=True)]
-
-    def per_network(values: Sequence[float]) -> Float[Tensor, "n 1"]:
-        return torch.tensor(values, dtype=torch.float64).unsqueeze(1)
-
-    learning_rate = per_network([draw.learning_rate for draw in draws])
-    decays = torch.stack([per_network([DECAYS[draw.optimizer][k] for draw in draws]) for k in range(2)])
-    corrected = per_network([float(draw.optimizer == "adam") for draw in draws])  # for means that start at zero
-    keep = 1 - per_network([draw.dropout for draw in draws])
-    is_weight = torch.cat([torch.full((math.prod(shape),), float(len(shape) > 1)) for shape in SHAPES.values()])
-    constants = [
-        decays.to(images),
-        (per_network([2 * draw.l2 for draw in draws]) * is_weight).to(images),
-        torch.tensor([[draw.optimizer != "sgd"] for draw in draws], device=images.device),
-    ]
+    learning_rate, decays, corrected, keep, constants = _hyperparameters(draws, images)
     flat = torch.stack([each.initial for each in choices]).to(images)
     mean, square = torch.zeros_like(flat), torch.zeros_like(flat)
     pixels, t = images.flatten(1), torch.arange(1, CHUNK + 1)[:, None, None]
@@ -343,6 +327,33 @@ def train(
             seen = pixels.index_select(0, rows[k].flatten()).T.contiguous(), labels[rows[k]], kept[k]
             flat, mean, square = step(flat, mean, square, *seen, rates[k], *constants, activation)
     return unflatten(flat)
+
+
+def _check_work(draws: Sequence[Draw], seeds: Sequence[int], steps: int, batch: int) -> None:
+    if not draws or len(draws) != len(seeds):
+        raise ValueError(f"every network needs a draw and a seed, got {len(draws)} draws and {len(seeds)} seeds")
+    if steps < 1 or batch < 1:
+        raise ValueError(f"steps and batch must be at least 1, got {steps} and {batch}")
+
+
+def _hyperparameters(draws: Sequence[Draw], images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    """Of every network, (networks, 1): learning rate; decays of both means, whether they are corrected for starting at
+    zero; the share that dropout keeps; and what every step takes: decays, weight decay, and which do not use SGD."""
+
+    def per_network(values: Sequence[float]) -> Float[Tensor, "n 1"]:
+        return torch.tensor(values, dtype=torch.float64).unsqueeze(1)
+
+    learning_rate = per_network([draw.learning_rate for draw in draws])
+    decays = torch.stack([per_network([DECAYS[draw.optimizer][k] for draw in draws]) for k in range(2)])
+    corrected = per_network([float(draw.optimizer == "adam") for draw in draws])
+    keep = 1 - per_network([draw.dropout for draw in draws])
+    is_weight = torch.cat([torch.full((math.prod(shape),), float(len(shape) > 1)) for shape in SHAPES.values()])
+    constants = [
+        decays.to(images),
+        (per_network([2 * draw.l2 for draw in draws]) * is_weight).to(images),
+        torch.tensor([[draw.optimizer != "sgd"] for draw in draws], device=images.device),
+    ]
+    return learning_rate, decays, corrected, keep, constants
 
 
 @torch.no_grad()
