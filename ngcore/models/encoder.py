@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ngcore.graph import NeuralGraph, Wiring
 from ngcore.graph.batch import GraphBatch, Stack
 from ngcore.graph.collection import Collection
+from ngcore.graph.forward import activations as run
 from ngcore.graph.frame import Frame
-from ngcore.graph.simulate import activations as run
 from ngcore.models.affine import Affine
 
 FREQUENCIES = 128
