@@ -103,14 +103,19 @@ def needed_state(graph: NeuralGraph) -> dict[str, Tensor]:
     Raises:
         ValueError: the graph lacks a buffer.
     """
-    state = graph.state_dict()
-    names = dict.fromkeys(step.arguments[0] for step in graph.wiring.steps if step.operator in ("parameter", "buffer"))
+    state, steps = graph.state_dict(), graph.wiring.steps
+    read = {x.step for step in steps for x in tree_leaves((step.arguments, dict(step.keywords))) if _refers(x)}
+    names = dict.fromkeys(steps[i].arguments[0] for i in sorted(read) if steps[i].operator in ("parameter", "buffer"))
     missing = [name for name in names if name not in state]
     if missing:
         raise ValueError(
             f"the graph lacks {', '.join(missing)}: bind them with the parameters, as state dicts hold them"
         )
     return {name: state[name] for name in names}
+
+
+def _refers(argument: Any) -> bool:
+    return isinstance(argument, Reference)
 
 
 def flat_state(graph: NeuralGraph) -> dict[str, Tensor]:
@@ -252,7 +257,7 @@ def reads(runs: Runs) -> Iterator[Reading]:
         wanted = torch.full([runs.wiring.num_nodes], step.operator == "output")
         for b in step.blocks:
             wanted[runs.wiring.edge_index(runs.wiring.blocks[b])[0]] = True
-        for argument in [x for x in tree_leaves((step.arguments, step.keywords)) if isinstance(x, Reference)]:
+        for argument in filter(_refers, tree_leaves((step.arguments, dict(step.keywords)))):
             ids = runs.steps[argument.step].ids
             if ids is not None and (ids != NO_NEURON).any() and wanted.any():
                 yield runs.reading(argument.step, ids, wanted)

@@ -33,19 +33,20 @@ def resolved(arguments: Any, results: Sequence[Any]) -> Any:
     return arguments
 
 
-def run_steps(steps: Sequence[Step], state: Mapping[str, Tensor], inputs: Tensor) -> list[Any]:
+def run_steps(steps: Sequence[Step], state: Mapping[str, Tensor], *inputs: Tensor) -> list[Any]:
     """The result of every step of one network."""
     results: list[Any] = []
+    left, device = list(inputs), inputs[0].device
     for step in steps[:-1]:
         if step.operator == "input":
-            results.append(inputs)
+            results.append(left.pop(0))
         elif step.operator in ("parameter", "buffer"):
-            results.append(state[step.arguments[0]])
+            results.append(state.get(step.arguments[0]))  # none that no operator reads
         elif step.operator == "constant":
             (value,) = step.arguments
-            results.append(value.to(inputs.device) if isinstance(value, Tensor) else value)
+            results.append(value.to(device) if isinstance(value, Tensor) else value)
         else:
-            keywords = dict(step.keywords) | ({"device": inputs.device} if "device" in step.keywords else {})
+            keywords = dict(step.keywords) | ({"device": device} if "device" in step.keywords else {})
             run = BATCHED.get(step.name, partial(call, step))
             results.append(run(resolved(step.arguments, results), resolved(keywords, results)))
     return results
