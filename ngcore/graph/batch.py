@@ -26,7 +26,7 @@ from ngcore.graph.pyg import kernel_places
 from ngcore.graph.structure import Block
 from ngcore.graph.wiring import NeuralGraph, Wiring
 
-FAR = 8  # more layers than models have
+FAR = 8  # blocks from the outputs: more than models have layers
 KernelKind = tuple[tuple[int, ...], bool]  # what a block's edges look like: their kernel, whether they have a weight
 
 
@@ -42,15 +42,21 @@ class Ends:
         own = states[self.tensor]
         return own if self.nodes is None else own[:, self.nodes].flatten(0, 1)
 
+    def select(self, blocks: slice | Tensor) -> Ends:
+        """Of some of the blocks."""
+        return self if self.nodes is None else Ends(self.tensor, self.nodes[blocks])
+
 
 @dataclass(frozen=True)
 class Stack:
-    """Blocks of one shape, each source to each target.
+    """Blocks of one shape, each source to each target, those whose targets are nearest to the outputs first.
 
-    `target_hops`, `source_hops`: blocks on the shortest way from their neurons to an output, in any direction, at most
-    `FAR`.
+    Attributes:
+        near_targets, near_sources: how many blocks have targets, or sources, that are at most 0, 1, 2, ... blocks from
+            an output, on the shortest way in any direction; up to `FAR`, which stands for all others.
 
     Shapes:
+        by_sources: (blocks,) their order by the distance of their sources; None where they stand in it
         slot: (blocks,) row of the weights' statistics, 0 for edges without a parameter
         present: (blocks, features) which features hold a number, the others are around a kernel; None for all
         weights: (copies, blocks, targets, sources, features of the frame), 0 where no number is present; with several
@@ -59,8 +65,9 @@ class Stack:
 
     targets: Ends
     sources: Ends
-    target_hops: int
-    source_hops: int
+    near_targets: tuple[int, ...]
+    near_sources: tuple[int, ...]
+    by_sources: Int[Tensor, " blocks"] | None
     slot: Int[Tensor, " blocks"]
     present: Bool[Tensor, "blocks _"] | None
     weights: Float[Tensor, "copies blocks targets sources features"]
@@ -247,8 +254,9 @@ def _layout(wiring: Wiring, frame: Frame, device: torch.device) -> _Layout:
             Stack(
                 targets=_ends(wiring, block.target, block.target_nodes, block.groups, device),
                 sources=_ends(wiring, block.source, block.source_nodes, block.groups, device),
-                target_hops=hops[block.target],
-                source_hops=hops[block.source],
+                near_targets=_near(block.groups, hops[block.target]),
+                near_sources=_near(block.groups, hops[block.source]),
+                by_sources=None,
                 slot=torch.full((block.groups,), slot, device=device),
                 present=None if found.all() else found.to(device).expand(block.groups, -1),
                 weights=torch.empty(0, block.groups, 0, 0, frame.features, device=device),
@@ -271,6 +279,11 @@ def _layout(wiring: Wiring, frame: Frame, device: torch.device) -> _Layout:
         outputs=torch.tensor(columns["outputs"], device=device),
         sizes=torch.tensor([wiring.num_nodes], device=device),
     )
+
+
+def _near(blocks: int, hops: int) -> tuple[int, ...]:
+    """`Stack.near_targets` of blocks that are all equally far."""
+    return (0,) * hops + (blocks,) * (FAR + 1 - hops)
 
 
 def _ends(wiring: Wiring, group: int, nodes: Sequence[int] | None, parts: int, device: torch.device) -> Ends:

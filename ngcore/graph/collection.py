@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ngcore.graph.batch import (
+    FAR,
     Ends,
     GraphBatch,
     KernelKind,
@@ -31,7 +33,7 @@ from ngcore.graph.frame import Frame
 from ngcore.graph.structure import Block
 from ngcore.graph.wiring import NeuralGraph, Wiring
 
-Shape = tuple[int, int, int, int]  # of a part: targets, sources, hops of both to the outputs
+Shape = tuple[int, int]  # of a part: targets and sources
 
 
 class Collection:
@@ -118,23 +120,42 @@ class Collection:
         )
 
     def _parts(self, wiring: Int[Tensor, " networks"]) -> tuple[Tensor, Tensor, Tensor]:
-        """The parts of networks, those of a shape together, the network of each, and their order before."""
+        """The parts of networks, those of a shape together and the nearest to the outputs first.
+
+        Also the network of each, and their order before.
+        """
         own = self.layouts
         part = _ranges(own.first_part[wiring], own.num_parts[wiring])
         of_part = torch.arange(len(wiring), device=part.device).repeat_interleave(own.num_parts[wiring])
-        order = own.shape[part].argsort(stable=True)
+        order = (own.shape[part] * (FAR + 1) + own.target_hops[part]).argsort(stable=True)
         return part[order], of_part[order], order
 
     def _stacks(self, part: Tensor, first: Tensor, start: Tensor) -> Iterator[Stack]:
-        """The parts of each shape, put together by index arithmetic alone."""
-        counts = self.layouts.shape[part].bincount(minlength=len(self.layouts.shapes)).tolist()
-        for shape, *some in zip(self.layouts.shapes, *(x.split(counts) for x in (part, first, start)), strict=True):
-            if len(some[0]):
-                yield self._stack(*some, shape)
+        """The parts of each shape, put together by index arithmetic alone; where each network's nodes and each part's
+        weights begin."""
+        own, count = self.layouts, len(self.layouts.shapes) * (FAR + 1)
+        keys = [own.shape[part] * (FAR + 1) + hops[part] for hops in (own.target_hops, own.source_hops)]
+        numbers = torch.stack([key.bincount(minlength=count) for key in keys])
+        near = numbers.view(2, -1, FAR + 1).cumsum(2).tolist()  # the one time that a batch waits for its device
+        by_sources = keys[1].argsort(stable=True)
+        counts = [own_near[-1] for own_near in near[0]]
+        begin = [0, *accumulate(counts)]
+        parts = zip(*(x.split(counts) for x in (part, first, start, by_sources)), strict=True)
+        for shape, a, targets, sources, (*some, order) in zip(own.shapes, begin, *near, parts, strict=False):
+            if len(order):
+                yield self._stack(*some, shape, tuple(targets), tuple(sources), order - a)
 
-    def _stack(self, part: Tensor, first: Tensor, start: Tensor, shape: Shape) -> Stack:
-        """The parts `part` of a shape, whose networks' nodes begin at `first`, and their weights at `start`."""
-        own, (t, s, *hops) = self.layouts, shape
+    def _stack(
+        self,
+        part: Tensor,
+        first: Tensor,
+        start: Tensor,
+        shape: Shape,
+        near_targets: tuple[int, ...],
+        near_sources: tuple[int, ...],
+        by_sources: Tensor,
+    ) -> Stack:
+        own, (t, s) = self.layouts, shape
         targets, sources = (
             own.places[begin[part].unsqueeze(1) + torch.arange(size, device=part.device)] + first.unsqueeze(1)
             for begin, size in ((own.first_target, t), (own.first_source, s))
@@ -147,7 +168,9 @@ class Collection:
         return Stack(
             Ends(0, targets),
             Ends(0, sources),
-            *hops,
+            near_targets,
+            near_sources,
+            by_sources,
             own.edge_slot[part],
             present,
             weights.view(1, len(part), t, s, -1),
@@ -212,6 +235,8 @@ class _Layouts:
     offset: Tensor  # of a part's first weight
     kernel: Tensor  # (parts,) index of its kind into `kernels`
     edge_slot: Tensor
+    target_hops: Tensor
+    source_hops: Tensor
     first_target: Tensor  # (parts,) index into `places`
     first_source: Tensor
     places: Tensor  # neurons of the parts
@@ -284,7 +309,9 @@ def _add_parts(
     source, target = (ends.view(block.groups, t, s) for ends in wiring.edge_index(block))
     kind = block.kernel, block.weight is not None
     for part in range(block.groups):
-        columns["shape"].append(shapes.setdefault((t, s, hops[block.target], hops[block.source]), len(shapes)))
+        columns["shape"].append(shapes.setdefault((t, s), len(shapes)))
+        columns["target_hops"].append(hops[block.target])
+        columns["source_hops"].append(hops[block.source])
         columns["offset"].append(offset + part * t * s * math.prod(block.kernel))
         columns["kernel"].append(kernels.setdefault(kind, len(kernels)))
         columns["edge_slot"].append(edge_slot(wiring, block, frame))

@@ -8,7 +8,7 @@ of each, broadcast together, and a Linear of a Linear is one. What the head does
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -50,20 +50,35 @@ DIRECTIONS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
 
 
 @dataclass(frozen=True)
-class Direction:
-    """A stack's messages in one direction: all neurons `of` its blocks send one to all that they go `to`.
+class Messages:
+    """What neurons `of` a stack's blocks send `to` others, in one direction.
 
-    `hops`: from those that get them to an output. `reverse`: against the network's own direction.
+    Attributes:
+        near: how many blocks go to neurons that are at most 0, 1, 2, ... blocks from an output; they come first.
+        reverse: against the network's own direction.
+        order: of the stack's blocks; None for their own.
     """
 
     to: Ends
     of: Ends
-    hops: int
+    near: tuple[int, ...]
     reverse: bool
     stack: int
+    order: Int[Tensor, " blocks"] | None = None
+
+    def within(self, hops: int) -> int:
+        """How many blocks are at most so far from an output."""
+        return self.near[min(hops, len(self.near) - 1)]
+
+    def first(self, blocks: int) -> Messages:
+        """Of the first blocks alone."""
+        if blocks == self.near[-1]:
+            return self
+        near = tuple(min(count, blocks) for count in self.near)
+        return replace(self, to=self.to.select(slice(blocks)), of=self.of.select(slice(blocks)), near=near)
 
 
-def directions_of(batch: GraphBatch, directions: str = "both") -> tuple[Direction, ...]:
+def messages_of(batch: GraphBatch, directions: str = "both") -> tuple[Messages, ...]:
     """The messages of a batch's stacks, those along the network's direction first.
 
     Raises:
@@ -71,8 +86,13 @@ def directions_of(batch: GraphBatch, directions: str = "both") -> tuple[Directio
     """
     along, against = copies_of(directions)
     stacks = list(enumerate(batch.stacks))
-    forward = [Direction(s.targets, s.sources, s.target_hops, False, i) for i, s in stacks if along]
-    return (*forward, *(Direction(s.sources, s.targets, s.source_hops, True, i) for i, s in stacks if against))
+    found = [Messages(s.targets, s.sources, s.near_targets, False, i) for i, s in stacks if along]
+    for i, stack in stacks if against else ():
+        to, of, order = stack.sources, stack.targets, stack.by_sources
+        if order is not None:
+            to, of = to.select(order), of.select(order)
+        found.append(Messages(to, of, stack.near_sources, True, i, order))
+    return tuple(found)
 
 
 def copies_of(directions: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -116,47 +136,49 @@ class PNALayer(nn.Module):
         nodes: tuple[Tensor, ...],
         edges: tuple[Tensor, ...],
         pending: tuple[Affine | None, Affine | None],
-        directions: tuple[Direction, ...],
-        updated: tuple[bool, ...],
+        messages: tuple[Messages, ...],
+        updated: tuple[int, ...],
         isolated: tuple[bool, ...],
         degrees: tuple[Tensor, ...],
         scalers: tuple[Tensor, ...],
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """New states of the nodes, and of the edges that are `updated`, these before their output Linear.
+        """New states of the nodes, and of the first `updated` blocks' edges of each messages, these before their output
+        Linear.
 
         Shapes:
             nodes[g]: (copies, nodes of tensor g, width)
-            edges[k]: (blocks, targets, sources, f) of the k-th direction; their states are the affine map `pending` of
+            edges[k]: (blocks, targets, sources, f) of the k-th messages; their states are the affine map `pending` of
                 it, one for each direction
             isolated[g]: tensor g never gets messages; others that get none are too far from what is read
             degrees[g], scalers[g]: (nodes of tensor g or 1, 1) number of messages (at least 1), PNA's amplification
         """
-        read = self._read(edges, pending, directions, updated)
+        read = self._read(edges, pending, messages, updated)
         of_target, of_source = zip(*map(self._message_terms, nodes), strict=True)
         received: list[list[tuple[Ends, tuple[Tensor, ...]]]] = [[] for _ in nodes]
-        for direction, (scale, shift, *_) in zip(directions, read, strict=True):
-            found = Moments.apply(scale, shift, direction.to.of(of_target), direction.of.of(of_source))
-            received[direction.to.tensor].append((direction.to, found))
+        for own, (scale, shift, *_) in zip(messages, read, strict=True):
+            found = Moments.apply(scale, shift, own.to.of(of_target), own.of.of(of_source))
+            received[own.to.tensor].append((own.to, found))
         nodes = tuple(
-            self._update_nodes(v, aggregate(own, v, degree), scaler) if own or is_isolated else v
-            for v, own, is_isolated, degree, scaler in zip(nodes, received, isolated, degrees, scalers, strict=True)
+            self._update_nodes(v, aggregate(found, v, degree), scaler) if found or is_isolated else v
+            for v, found, is_isolated, degree, scaler in zip(nodes, received, isolated, degrees, scalers, strict=True)
         )
         if not any(updated):
             return nodes, ()
         of_target, of_source = tuple(map(self.edge_target, nodes)), tuple(map(self.edge_source, nodes))
         states = []
-        for direction, (*_, state), is_updated in zip(directions, read, updated, strict=True):
-            if is_updated:
-                target, source = direction.to.of(of_target), direction.of.of(of_source)
-                states.append(F.silu(state + target.unsqueeze(2) + source.unsqueeze(1)))
+        for own, (*_, state), count in zip(messages, read, updated, strict=True):
+            if count:
+                near = own.first(count)
+                target, source = near.to.of(of_target), near.of.of(of_source)
+                states.append(F.silu(state[: len(target)] + target.unsqueeze(2) + source.unsqueeze(1)))
         return nodes, tuple(states)
 
     def _read(
         self,
         edges: tuple[Tensor, ...],
         pending: tuple[Affine | None, Affine | None],
-        directions: tuple[Direction, ...],
-        updated: tuple[bool, ...],
+        messages: tuple[Messages, ...],
+        updated: tuple[int, ...],
     ) -> list[tuple[Tensor, ...]]:
         """What the layer takes from every edge: scale, shift and, where it is updated, W_e e; all in one product, with
         the map that is pending composed into it."""
@@ -168,8 +190,8 @@ class PNALayer(nn.Module):
             )
             both = [joined.after(first) for first in pending]
         return [
-            (both if is_updated else film)[direction.reverse](edge).split(self.width, dim=-1)
-            for direction, edge, is_updated in zip(directions, edges, updated, strict=True)
+            (both if count else film)[own.reverse](edge).split(self.width, dim=-1)
+            for own, edge, count in zip(messages, edges, updated, strict=True)
         ]
 
     def _message_terms(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
@@ -259,7 +281,7 @@ def propagate(
     nodes: tuple[Tensor, ...],
     edges: tuple[Tensor, ...],
     pending: tuple[Affine | None, Affine | None],
-    directions: tuple[Direction, ...],
+    messages: tuple[Messages, ...],
     neighbours: Neighbours,
     *,
     everything: bool,
@@ -270,26 +292,32 @@ def propagate(
         everything: all states are read after the last layer, those of edges in the network's own direction; else those
             of output neurons alone, and what is too far from them is not computed.
     """
-    reached = {direction.to.tensor for direction in directions}
+    reached = {own.to.tensor for own in messages}
     isolated = tuple(g not in reached for g in range(len(nodes)))
     for k, layer in enumerate(layers):
         left = len(layers) - 1 - k
         if everything:
-            updated = tuple(left > 0 or not direction.reverse for direction in directions)
+            updated = tuple(own.near[-1] if left > 0 or not own.reverse else 0 for own in messages)
         else:
-            near = [direction.hops <= left for direction in directions]
-            directions, edges = _those(directions, near), _those(edges, near)
-            updated = tuple(left > 0 and direction.hops < left for direction in directions)
-        own = neighbours.degrees, neighbours.scalers
-        nodes, edges = layer(nodes, edges, pending, directions, updated, isolated, *own)
-        directions = _those(directions, updated)
+            messages, edges = _first(messages, edges, [own.within(left) for own in messages])
+            updated = tuple(own.within(left - 1) if left > 0 else 0 for own in messages)
+        degrees, scalers = neighbours.degrees, neighbours.scalers
+        nodes, edges = layer(nodes, edges, pending, messages, updated, isolated, degrees, scalers)
+        messages = tuple(own.first(count) for own, count in zip(messages, updated, strict=True) if count)
         after = Affine.of(layer.edge_output) if layer.updates_edges else None
         pending = (after, after)
     return nodes, edges, pending[0]
 
 
-def _those(values: tuple[Any, ...], chosen: Sequence[bool]) -> tuple[Any, ...]:
-    return tuple(value for value, is_chosen in zip(values, chosen, strict=True) if is_chosen)
+def _first(
+    messages: tuple[Messages, ...], edges: tuple[Tensor, ...], counts: Sequence[int]
+) -> tuple[tuple[Messages, ...], tuple[Tensor, ...]]:
+    """Of every stack's messages and edges those of the first blocks, nothing where there are none."""
+    kept = [(own, edge, count) for own, edge, count in zip(messages, edges, counts, strict=True) if count]
+    return (
+        tuple(own.first(count) for own, _, count in kept),
+        tuple(edge if count == own.near[-1] else edge[:count] for own, edge, count in kept),
+    )
 
 
 class NGGNN(nn.Module):
@@ -395,16 +423,16 @@ class NGGNN(nn.Module):
     def forward(self, graph: NeuralGraph | GraphBatch) -> Answer:
         """Scores (networks, count); or graphs of the same wirings, with `count` numbers for each on nodes and edges."""
         batch = prepared(self, graph)
-        directions = directions_of(batch, self.directions)
+        messages = messages_of(batch, self.directions)
         nodes = batch.split(self.encoder.nodes(batch))
-        edges, pending = self._first_edges(batch, directions)
+        edges, pending = self._first_edges(batch, messages)
         per_parameter, role = isinstance(self.head, PerParameterHead), self._read_role
         nodes, edges, after = propagate(
             self.layers,
             nodes,
             edges,
             pending,
-            directions,
+            messages,
             Neighbours.of(batch, self.directions, self.mean_log_degree),
             everything=per_parameter or role == "input",
         )
@@ -420,16 +448,16 @@ class NGGNN(nn.Module):
         return "output" if DIRECTIONS[self.directions][0] else "input"
 
     def _first_edges(
-        self, batch: GraphBatch, directions: tuple[Direction, ...]
+        self, batch: GraphBatch, messages: tuple[Messages, ...]
     ) -> tuple[tuple[Tensor, ...], tuple[Affine | None, Affine | None]]:
-        """First states of the edges of all directions, as numbers and an affine map for each."""
+        """First states of the edges of all messages, as numbers, and an affine map for each direction."""
         weights = [self.encoder.standardize.edges(stack) for stack in batch.stacks]
         copies, affine = DIRECTIONS[self.directions], self.encoder.edge_affine()
         edges, pending = [], [None, None]
-        for direction in directions:
-            own = weights[direction.stack]
-            own = own.transpose(1, 2) if direction.reverse else own
-            found, pending[direction.reverse] = self.encoder.edges(own, copies[direction.reverse], affine)
+        for own in messages:
+            values = weights[own.stack] if own.order is None else weights[own.stack][own.order]
+            values = values.transpose(1, 2) if own.reverse else values
+            found, pending[own.reverse] = self.encoder.edges(values, copies[own.reverse], affine)
             edges.append(found)
         return tuple(edges), tuple(pending)
 

@@ -20,7 +20,7 @@ from ngcore.graph.architectures import cnn
 from ngcore.graph.batch import GraphBatch, batch_of
 from ngcore.graph.pyg import ROLES
 from ngcore.models.baselines.weight_space import EquivariantLayer, WeightSpace
-from ngcore.models.ng_gnn import Neighbours, PNALayer, degrees, directions_of, propagate
+from ngcore.models.ng_gnn import Neighbours, PNALayer, degrees, messages_of, propagate
 from ngcore.models.ng_t import NGTLayer, Widths, transform
 from ngcore.models.optimizers.layout import POSITIONS, Layout
 
@@ -137,7 +137,6 @@ class NGGNNContext(GraphContext):
 
     def forward(self, features: Float[Tensor, "batch scalars 14"], layout: Layout) -> Float[Tensor, "batch scalars w"]:
         batch = batch_of(layout.graph(features), layout.frame)
-        directions = directions_of(batch)
         weights = [stack.weights.flatten(0, 1) for stack in batch.stacks]
         ahead, back = map(self.forward_encoder, weights), (self.reverse_encoder(x).transpose(1, 2) for x in weights)
         nodes, edges, after = propagate(
@@ -145,7 +144,7 @@ class NGGNNContext(GraphContext):
             batch.split(self.first_nodes(batch, layout)),
             (*ahead, *back),
             (None, None),
-            directions,
+            messages_of(batch),
             Neighbours.of(batch, "both", self.mean_log_degree),
             everything=True,
         )
