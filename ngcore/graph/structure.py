@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 Role = Literal["input", "hidden", "output"]
+NodeKind = Literal["neuron", "bias", "gamma", "beta"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Group:
     elements, None for all, in order. `activation` is what is applied to the neurons' sums; `layer` counts from 0 at
     the input; `where` is the path of the module that they belong to. `tied`: the bias has its place in an earlier
     group. `locations`: the place in space that every neuron's channel was flattened from; places must not be exchanged.
+    `kind`: "bias", "gamma" and "beta" nodes have the value 1 and their layer's parameters on their edges.
     """
 
     size: int
@@ -56,6 +58,7 @@ class Group:
     where: str = ""
     tied: bool = False
     locations: tuple[int, ...] | None = None
+    kind: NodeKind = "neuron"
 
 
 @dataclass(frozen=True)
