@@ -143,7 +143,8 @@ class Collection:
         parts = zip(*(x.split(counts) for x in (part, first, start, by_sources)), strict=True)
         for shape, a, targets, sources, (*some, order) in zip(own.shapes, begin, *near, parts, strict=False):
             if len(order):
-                yield self._stack(*some, shape, tuple(targets), tuple(sources), order - a)
+                several = len({0, *sources}) > 2  # else the blocks stand in that order as they are
+                yield self._stack(*some, shape, tuple(targets), tuple(sources), order - a if several else None)
 
     def _stack(
         self,
@@ -153,7 +154,7 @@ class Collection:
         shape: Shape,
         near_targets: tuple[int, ...],
         near_sources: tuple[int, ...],
-        by_sources: Tensor,
+        by_sources: Tensor | None,
     ) -> Stack:
         own, (t, s) = self.layouts, shape
         targets, sources = (

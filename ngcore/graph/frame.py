@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ngcore.graph.pyg import Linear, largest_kernel
+from ngcore.graph.pyg import LinearForm, largest_kernel
 from ngcore.graph.structure import Group
 from ngcore.graph.wiring import Wiring
 
@@ -34,7 +34,7 @@ class Frame:
     layers: int
     activations: tuple[str, ...]
     locations: int = 0
-    linear: Linear = "convolution"
+    linear: LinearForm = "convolution"
     kinds: tuple[str, ...] = ()
     input_shape: tuple[int, ...] | None = None
 

@@ -22,7 +22,7 @@ EDGE_KINDS = (
     *("bias", "gamma", "beta", "other"),
 )
 
-Linear = Literal["linear", "convolution"]
+LinearForm = Literal["linear", "convolution"]
 Direction = Literal["forward", "reversed", "both", "sum"]
 Flatten = Literal["layer", "repeat"]
 
@@ -61,7 +61,7 @@ def to_data(
     edges: Sequence[Tensor],
     *,
     window: Sequence[int] | None = None,
-    linear: Linear = "linear",
+    linear: LinearForm = "linear",
     direction: Direction = "forward",
     flatten: Flatten = "layer",
 ) -> Data:
@@ -103,7 +103,7 @@ def to_data(
         ValueError: the graph is of a batch of networks, holds NaN or infinity, or has a kernel that does not fit into
             the window; an option is unknown.
     """
-    _check_options(linear=(linear, Linear), direction=(direction, Direction), flatten=(flatten, Flatten))
+    _check_options(linear=(linear, LinearForm), direction=(direction, Direction), flatten=(flatten, Flatten))
     if edges[0].dim() != 3:
         raise ValueError("to_data takes one network: index the batch first, as in graph[0].to_data()")
     check_finite(groups, blocks, nodes, edges)
@@ -206,7 +206,7 @@ def _edges(
     blocks: Sequence[Block],
     weights: Sequence[Tensor],
     window: Sequence[int] | None,
-    linear: Linear,
+    linear: LinearForm,
 ) -> _Edges:
     frame = largest_kernel(blocks) if window is None else tuple(window)
     width = math.prod(frame)
@@ -222,7 +222,7 @@ def _edges(
     return _Edges(source, target, torch.cat(features), torch.cat(kinds))
 
 
-def _in_window(values: Tensor, block: Block, window: tuple[int, ...], width: int, linear: Linear) -> Tensor:
+def _in_window(values: Tensor, block: Block, window: tuple[int, ...], width: int, linear: LinearForm) -> Tensor:
     """A block's features, (edges, own features), at their places in the window, (edges, width)."""
     own = values.shape[-1]
     if block.kernel:

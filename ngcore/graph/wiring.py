@@ -15,7 +15,7 @@ from typing import get_args
 from torch import Tensor
 from torch_geometric.data import Data
 
-from ngcore.graph.pyg import Direction, Flatten, Linear, to_data
+from ngcore.graph.pyg import Direction, Flatten, LinearForm, to_data
 from ngcore.graph.states import Entries, NetworkState
 from ngcore.graph.structure import Block, Group, Role, Step, View, edge_index, offsets
 from ngcore.graph.symmetry.group import Symmetry
@@ -209,7 +209,7 @@ class NeuralGraph:
         self,
         *,
         window: Sequence[int] | None = None,
-        linear: Linear = "linear",
+        linear: LinearForm = "linear",
         direction: Direction = "forward",
         flatten: Flatten = "layer",
     ) -> Data:

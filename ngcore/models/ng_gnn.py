@@ -152,10 +152,11 @@ class PNALayer(nn.Module):
             isolated[g]: tensor g never gets messages; others that get none are too far from what is read
             degrees[g], scalers[g]: (nodes of tensor g or 1, 1) number of messages (at least 1), PNA's amplification
         """
-        read = self._read(edges, pending, messages, updated)
+        film = [Affine.of(self.film).after(first) for first in pending]
         of_target, of_source = zip(*map(self._message_terms, nodes), strict=True)
         received: list[list[tuple[Ends, tuple[Tensor, ...]]]] = [[] for _ in nodes]
-        for own, (scale, shift, *_) in zip(messages, read, strict=True):
+        for own, edge in zip(messages, edges, strict=True):
+            scale, shift = film[own.reverse](edge).split(self.width, dim=-1)
             found = Moments.apply(scale, shift, own.to.of(of_target), own.of.of(of_source))
             received[own.to.tensor].append((own.to, found))
         nodes = tuple(
@@ -164,35 +165,16 @@ class PNALayer(nn.Module):
         )
         if not any(updated):
             return nodes, ()
+        of_edge = [Affine.of(self.edge_state).after(first) for first in pending]
         of_target, of_source = tuple(map(self.edge_target, nodes)), tuple(map(self.edge_source, nodes))
         states = []
-        for own, (*_, state), count in zip(messages, read, updated, strict=True):
+        for own, edge, count in zip(messages, edges, updated, strict=True):
             if count:
                 near = own.first(count)
                 target, source = near.to.of(of_target), near.of.of(of_source)
-                states.append(F.silu(state[: len(target)] + target.unsqueeze(2) + source.unsqueeze(1)))
+                state = of_edge[own.reverse](edge[: len(target)])
+                states.append(F.silu(state + target.unsqueeze(2) + source.unsqueeze(1)))
         return nodes, tuple(states)
-
-    def _read(
-        self,
-        edges: tuple[Tensor, ...],
-        pending: tuple[Affine | None, Affine | None],
-        messages: tuple[Messages, ...],
-        updated: tuple[int, ...],
-    ) -> list[tuple[Tensor, ...]]:
-        """What the layer takes from every edge: scale, shift and, where it is updated, W_e e; all in one product, with
-        the map that is pending composed into it."""
-        film = [Affine.of(self.film).after(first) for first in pending]
-        both = film
-        if any(updated):
-            joined = Affine(
-                torch.cat([self.film.weight, self.edge_state.weight]), torch.cat([self.film.bias, self.edge_state.bias])
-            )
-            both = [joined.after(first) for first in pending]
-        return [
-            (both if count else film)[own.reverse](edge).split(self.width, dim=-1)
-            for own, edge, count in zip(messages, edges, updated, strict=True)
-        ]
 
     def _message_terms(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
         """What targets and sources add to a message: Linear([v_i, v_j]) is a Linear of each."""
