@@ -2,18 +2,19 @@
 
 from functools import cache, partial
 
+import metanetworks
 import pytest
 import torch
 from cnns import GroupedCNN, architectures, random_graphs, wiring_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from metanetworks import HEADS, assert_same, distance, everything, fitted
 from torch import nn
 
 from ngcore.data.zoos.cnn import CNN, Architecture
-from ngcore.graph import NeuralGraph, cnn, mlp, trace
+from ngcore.graph import cnn, mlp, trace
 from ngcore.graph.collection import Collection
 from ngcore.models import NGGNN, NGT, PerParameter, Scores, Widths
-from ngcore.models.editing import outputs_first
 
 
 class Siren(nn.Module):
@@ -46,7 +47,6 @@ PRODUCERS = {
     "cnn, repeated": lambda: cnn(**FLATTENED, classes=2, flatten="repeat"),
 }
 MODELS = {"NG-GNN": partial(NGGNN, width=16), "NG-T": partial(NGT, widths=Widths(16, 8, 32, 2))}
-HEADS = {"scores": Scores(3), "numbers per parameter": PerParameter(2)}
 CASES = [
     pytest.param(name, model, head, probes, id=f"{name}, {method}, {asked}" + ", probes" * bool(probes))
     for name in PRODUCERS
@@ -64,48 +64,7 @@ def wiring_by(producer):
     return PRODUCERS[producer]()
 
 
-def fitted(model, networks, head, **options):
-    """A model in float64 without dropout that standardizes by these networks' statistics."""
-    torch.manual_seed(0)
-    made = model(networks.wiring if isinstance(networks, NeuralGraph) else networks, head, dropout=0.0, **options)
-    made = made.double()
-    made.fit_normalization(networks)
-    return made
-
-
-@torch.no_grad()
-def answers(model, networks):
-    """What a model says of every network of a graph or a batch: names and tensors, permuted as parameters are."""
-    found = model(networks)
-    if isinstance(found, torch.Tensor):
-        return [{"scores": row} for row in found]
-    if isinstance(found, NeuralGraph):
-        return _by_network(found, networks)
-    answer = {}
-    for (rows, graph), own in zip(networks.graphs, found, strict=True):
-        answer |= dict(zip(rows.tolist(), _by_network(own, graph), strict=True))
-    return [answer[i] for i in range(networks.num_networks)]
-
-
-def _by_network(numbers, graph):
-    state = outputs_first(numbers, graph).state_dict()
-    return [{name: values[:, i] for name, values in state.items()} for i in range(graph.num_networks)]
-
-
-def assert_same(found, wanted):
-    assert len(found) == len(wanted)
-    for own, other in zip(found, wanted, strict=True):
-        assert own.keys() == other.keys()
-        for name, values in own.items():
-            torch.testing.assert_close(values, other[name], rtol=0, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
-
-
-def distance(one, other):
-    return max((values - other[name]).abs().max().item() for name, values in one.items())
-
-
-def everything(networks):
-    return networks[torch.arange(len(networks))]
+answers = torch.no_grad()(metanetworks.answers)
 
 
 def twin_of(graph, seed=0):

@@ -1,116 +1,153 @@
-"""NG-GNN and NG-T: symmetry, independence of the batch, and agreement with the plain statements of the same models."""
+"""NG-GNN and NG-T against plain statements of the same models; their sizes, precision and gradients."""
+
+from dataclasses import replace
 
 import pytest
 import torch
+from cnns import RESIDUAL, SHALLOW, GroupedCNN, architectures, random_graphs, wiring_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from properties import permute, random_permutations
+from metanetworks import (
+    HEADS,
+    PLAIN,
+    answers,
+    assert_same,
+    assert_same_gradients,
+    distance,
+    everything,
+    fitted,
+    plain_answers,
+    plain_of,
+    random_batch,
+)
 from torch import nn
 
-from ngcore.graph import NeuralGraph, mlp, trace
-from ngcore.graph.simulate import activations
-from ngcore.models import NGGNN, NGT
-from ngcore.models.encoder import ProbeFeatures, Standardize
-from ngcore.reference.ng_gnn import PlainNGGNN, to_batch
-from ngcore.reference.ng_t import PlainNGT
+from ngcore.data.zoos.cnn import ACTIVATIONS
+from ngcore.data.zoos.wild_park import draw_architecture
+from ngcore.graph import Wiring, cnn, mlp, trace
+from ngcore.graph.collection import Collection
+from ngcore.graph.frame import Frame
+from ngcore.graph.structure import Block, Group
+from ngcore.models import CNN_WIDTHS, NGGNN, NGT, PerParameter, Scores
 
 INR = mlp([2, 32, 32, 1], "siren")
-MODELS = [NGGNN, NGT]
-PLAIN = {NGGNN: (PlainNGGNN, to_batch), NGT: (PlainNGT, lambda graph: graph)}
-
-
-def plain_name(name: str) -> str:
-    """The plain models keep one flat list of modules per layer."""
-    return name.replace("standardize.", "").replace(".attention.", ".")
-
-
-def pair(model, wiring, graph, dtype, **options):
-    """A fast model and its plain version with the same weights."""
-    torch.manual_seed(0)
-    fast = model(wiring, 10, dropout=0.0, **options).to(dtype)
-    fast.fit_normalization(graph)
-    plain = PLAIN[model][0](wiring, 10, dropout=0.0, **options).to(dtype)
-    plain.load_state_dict({plain_name(name): value for name, value in fast.state_dict().items()})
-    return fast, plain
-
-
-def random_batch(wiring, count, dtype=torch.float64):
-    return wiring.graph({n: 0.3 * torch.randn(count, *s, dtype=dtype) for n, s in wiring.shapes.items()})
+WILD_PARK = Frame((7, 7), 3, 10, 5, tuple(sorted(ACTIVATIONS)))
+FRAME = replace(WILD_PARK, outputs=2, layers=4)
+each_model = pytest.mark.parametrize("model", [NGGNN, NGT])
+each_head = pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
 
 
 @pytest.mark.parametrize(
-    ("model", "probes", "count"), [(NGGNN, 0, 331_466), (NGGNN, 64, 348_746), (NGT, 0, 376_586), (NGT, 64, 393_866)]
+    ("model", "networks", "head", "options", "count"),
+    [
+        (NGGNN, INR, Scores(10), {}, 331_466),  # of the paper (appendix D.1)
+        (NGGNN, INR, Scores(10), {"probes": 64}, 348_746),  # of the paper
+        (NGGNN, WILD_PARK, Scores(), {"sigma": 1.0, "activations": True}, 369_025),  # of the paper (appendix D.2)
+        (NGGNN, WILD_PARK, Scores(), {"sigma": None, "activations": True}, 345_729),
+        (NGGNN, INR, PerParameter(), {"sigma": None}, 306_882),
+        (NGGNN, INR, PerParameter(), {"sigma": None, "probes": 64}, 324_162),
+        (NGT, INR, Scores(10), {}, 376_586),
+        (NGT, INR, Scores(10), {"probes": 64}, 393_866),
+        (NGT, INR, PerParameter(), {}, 385_890),
+        (NGT, INR, PerParameter(), {"probes": 64}, 403_170),
+    ],
 )
-def test_parameter_counts(model, probes, count):
-    assert sum(p.numel() for p in model(INR, 10, probes=probes).parameters()) == count
+def test_parameter_counts(model, networks, head, options, count):
+    frame = Frame.of([INR]) if networks is INR else networks
+    fast, plain = model(networks, head, **options), PLAIN[model](frame, head, **options)
+    for form in (fast, plain):
+        assert sum(p.numel() for p in form.parameters()) == count
+    plain.load_state_dict(fast.state_dict())
+    fast.load_state_dict(plain.state_dict())
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("training", [True, False])
-@settings(max_examples=8, deadline=None)
-@given(st.lists(st.integers(2, 6), min_size=3, max_size=5), st.sampled_from([0, 3]))
-def test_invariant_to_neuron_permutations_and_to_the_batch(model, training, sizes, probes):
-    wiring = mlp(sizes, "siren")
-    graph = random_batch(wiring, 3)
-    metanetwork = model(wiring, 7, probes=probes, dropout=0.0).double().train(training)
-    metanetwork.fit_normalization(graph)
-    scores = metanetwork(graph)
-    twins = metanetwork(permute(graph, random_permutations(wiring)))
-    torch.testing.assert_close(twins, scores, rtol=0, atol=1e-9)
-    alone = torch.cat([metanetwork(graph[i : i + 1]) for i in range(3)])
-    torch.testing.assert_close(alone, scores, rtol=0, atol=1e-9)
-    assert (scores[0] - scores[1]).abs().max() > 1e-4  # it does see the weights
+def test_the_frame_of_the_wild_park():
+    wirings = []
+    for run in range(100):
+        a = draw_architecture(0, run)
+        wirings.append(cnn(a.channels, a.kernel_size, a.activation, a.residual, a.classes))
+    assert Frame.of(wirings) == WILD_PARK
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_positions_tell_input_neurons_apart(model, random_graph):
-    wiring = mlp([3, 4, 2], "tanh")
-    graph = random_graph(wiring)
-    flipped = NeuralGraph(wiring, graph.nodes, (graph.edges[0].flip(2), graph.edges[1]))
-    for positions in (True, False):
-        metanetwork = model(wiring, 5, positions=positions).double().eval()
-        difference = (metanetwork(graph) - metanetwork(flipped)).abs().max()
-        assert difference > 1e-5 if positions else difference < 1e-9
+@each_model
+@each_head
+@settings(max_examples=6, deadline=None)
+@given(
+    st.lists(st.integers(1, 5), min_size=3, max_size=4), st.sampled_from([0, 3]), st.sampled_from([None, 3.0]),
+    st.booleans(),
+)  # fmt: skip
+def test_agrees_with_the_plain_form_on_mlps(model, head, sizes, probes, sigma, positions):
+    torch.manual_seed(0)
+    graph = random_batch(mlp(sizes, "siren"))
+    options = dict(probes=probes, sigma=sigma, positions=positions)
+    fast = fitted(model, graph, head, **options)
+    assert_agree(fast, plain_of(fast, head, **options), graph, [graph])
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("probes", [0, 3])
-@settings(max_examples=5, deadline=None)
-@given(st.lists(st.integers(1, 5), min_size=3, max_size=4))
-def test_agrees_with_the_plain_form_in_float64(model, probes, sizes):
-    wiring = mlp(sizes, "siren")
-    graph = random_batch(wiring, 3)
-    fast, plain = pair(model, wiring, graph, torch.float64, probes=probes)
-    ours, theirs = fast(graph), plain(PLAIN[model][1](graph))
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
-    ours.square().sum().backward()
-    theirs.square().sum().backward()
-    gradients = {name: p.grad for name, p in plain.named_parameters()}
-    for name, parameter in fast.named_parameters():
-        torch.testing.assert_close(parameter.grad, gradients[plain_name(name)], rtol=1e-9, atol=1e-9)
+def assert_agree(fast, plain, networks, graphs):
+    """The same answers and gradients in float64."""
+    found, wanted = answers(fast, networks), plain_answers(plain, graphs, fast.frame)
+    assert_same(found, wanted)
+    assert_same_gradients(fast, plain, found, wanted)
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_agrees_with_the_plain_form_in_float32_at_full_size(model):
+@each_model
+@each_head
+@settings(max_examples=6, deadline=None)
+@given(
+    st.lists(architectures(), min_size=1, max_size=3, unique_by=str), st.sampled_from([None, 1.0]), st.booleans(),
+    st.booleans(),
+)  # fmt: skip
+def test_agrees_with_the_plain_form_on_cnns(model, head, found, sigma, positions, activations):
+    graphs = random_graphs(map(wiring_of, found), [2] * len(found))
+    options = dict(sigma=sigma, positions=positions, activations=activations)
+    options |= {"widths": CNN_WIDTHS} if model is NGT else {}
+    networks = Collection(graphs, FRAME)
+    fast = fitted(model, networks, head, **options)
+    assert_agree(fast, plain_of(fast, head, **options), everything(networks), graphs)
+
+
+@each_model
+@each_head
+def test_agrees_with_the_plain_form_on_other_networks(model, head):
+    """Parallel edges, normalization, groups of channels, flattened locations, an input that nothing reads."""
+    read = dict(source_nodes=(0, 2))
+    blocks = Block(0, 1, "weight", **read), Block(0, 1, None, "residual", groups=2, **read)
+    groups = Group(3, "input", 0), Group(2, "output", 1)
+    wirings = [trace(GroupedCNN().eval(), torch.randn(2, 3, 9, 9)), mlp([3, 5, 4, 1], "relu"), RESIDUAL]
+    wirings += [cnn((3, 2), (3,), ("relu",), (-1,), 2, pool=2), Wiring(groups, blocks, (("weight", (2, 2)),))]
+    graphs = random_graphs(wirings, [2, 2, 1, 1, 2])
+    networks = Collection(graphs)
+    fast = fitted(model, networks, head)
+    plain = plain_of(fast, head)
+    assert_agree(fast, plain, everything(networks), graphs)
+    for graph in graphs:
+        with torch.no_grad():
+            assert_same(answers(fast, graph), plain_answers(plain, [graph], networks.frame))
+
+
+@each_model
+@each_head
+def test_agrees_with_the_plain_form_in_float32_at_full_size(model, head):
     torch.manual_seed(1)
-    graph = random_batch(INR, 4, torch.float32)
-    fast, plain = pair(model, INR, graph, torch.float32, probes=4)
-    ours, theirs = fast(graph), plain(PLAIN[model][1](graph))
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
-    ours.square().sum().backward()
-    theirs.square().sum().backward()
-    names = [name for name, _ in fast.named_parameters()]
-    wanted = dict(plain.named_parameters())
-    found = torch.cat([p.grad.flatten() for p in fast.parameters()])
-    reference = torch.cat([wanted[plain_name(name)].grad.flatten() for name in names])
-    assert (found - reference).norm() < 1e-4 * reference.norm()
+    graph = random_batch(INR, 2, torch.float32)
+    fast = fitted(model, graph, head, torch.float32, probes=4)
+    plain = plain_of(fast, head, probes=4)
+    found, wanted = answers(fast, graph), plain_answers(plain, [graph], fast.frame)
+    assert_same(found, wanted, 3e-5 * max(values.abs().max().item() for own in wanted for values in own.values()))
+    for own in (found, wanted):
+        sum(values.square().sum() for network in own for values in network.values()).backward()
+    gradients = {name: p.grad for name, p in plain.named_parameters()}
+    ours = torch.cat([p.grad.flatten() for p in fast.parameters()])
+    theirs = torch.cat([gradients[name].flatten() for name, _ in fast.named_parameters()])
+    assert (ours - theirs).norm() < 1e-4 * theirs.norm()
 
 
-@pytest.mark.parametrize("model", MODELS)
+@each_model
 def test_bfloat16_is_near_float32(model):
     torch.manual_seed(2)
     graph = random_batch(INR, 4, torch.float32)
-    metanetwork = model(INR, 10, dropout=0.0)
+    metanetwork = fitted(model, graph, Scores(10), torch.float32)
     scores = metanetwork(graph)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = metanetwork(graph)
@@ -118,12 +155,11 @@ def test_bfloat16_is_near_float32(model):
     assert 0 < (rounded - scores).norm() < 0.05 * scores.norm()
 
 
-@pytest.mark.parametrize("model", MODELS)
+@each_model
 def test_gradients_of_parts_add_up(model, random_graph):
     """Nothing mixes networks, so a batch may be worked on in parts."""
-    wiring = mlp([2, 4, 3, 1], "siren")
-    graph = random_graph(wiring, 6)
-    metanetwork = model(wiring, 3, dropout=0.0).double()
+    graph = random_graph(mlp([2, 4, 3, 1], "siren"), 6)
+    metanetwork = fitted(model, graph, Scores(3))
     metanetwork(graph).square().sum().backward()
     whole = [p.grad.clone() for p in metanetwork.parameters()]
     metanetwork.zero_grad()
@@ -133,96 +169,82 @@ def test_gradients_of_parts_add_up(model, random_graph):
         torch.testing.assert_close(parameter.grad, gradient, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_forward_leaves_its_input_alone(model, random_graph):
+@each_model
+@each_head
+def test_forward_leaves_its_input_alone(model, head, random_graph):
     graph = random_graph(mlp([2, 3, 1], "siren"))
     before = {name: value.clone() for name, value in graph.state_dict().items()}
-    model(graph.wiring, 3, probes=2).double()(graph)
+    fitted(model, graph, head, probes=2)(graph)
     assert all(torch.equal(before[name], value) for name, value in graph.state_dict().items())
 
 
-def test_probe_features_against_a_loop(random_graph):
-    wiring = mlp([2, 3, 2, 1], "siren")
-    graph = random_graph(wiring)
-    probe = ProbeFeatures(wiring, 5, 8).double()
-    found = probe(graph)
-    for n in range(graph.num_networks):
-        values = activations(graph[n], probe.points)
-        rows = []
-        for g, group in enumerate(wiring.groups):
-            for i in range(group.size):
-                rows.append(probe.norm[g](probe.project[g](values[g][i])))
-        torch.testing.assert_close(found[n], torch.stack(rows), rtol=0, atol=1e-12)
+@each_model
+@each_head
+@pytest.mark.parametrize("sigma", [None, 1.0])
+def test_gradients_reach_every_parameter(model, head, sigma):
+    networks = Collection(random_graphs([RESIDUAL, SHALLOW], [2, 2]))
+    metanetwork = fitted(model, networks, head, sigma=sigma, dropout=0.1)
+    found = answers(metanetwork, everything(networks))
+    sum(values.square().sum() for own in found for values in own.values()).backward()
+    for name, parameter in metanetwork.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() > 0, name
 
 
-def test_standardized_layers_have_mean_0_and_deviation_1(random_graph):
-    wiring = mlp([2, 5, 1])
-    graph = random_graph(wiring, 50).map(lambda tensor: tensor * 7 + 3)
-    standardize = Standardize(wiring).double()
-    standardize.fit(graph)
-    for name, values in standardize(graph).state_dict().items():
-        assert values.mean().item() == pytest.approx(0, abs=1e-5), name
-        assert values.std(correction=0).item() == pytest.approx(1, abs=1e-5), name
+@each_model
+def test_dropout_acts_in_training_alone(model):
+    networks = Collection(random_graphs([RESIDUAL, SHALLOW], [1, 1]))
+    metanetwork, batch = fitted(model, networks, Scores(2), dropout=0.5), everything(networks)
+    with torch.no_grad():
+        assert not torch.equal(metanetwork(batch), metanetwork(batch))
+        metanetwork.eval()
+        assert torch.equal(metanetwork(batch), metanetwork(batch))
 
 
-def test_constant_parameters_are_left_finite(random_graph):
-    wiring = mlp([2, 3, 1])
-    graph = random_graph(wiring).map(torch.ones_like)
-    standardize = Standardize(wiring).double()
-    standardize.fit(graph)
-    assert all(torch.isfinite(values).all() for values in standardize(graph).state_dict().values())
+@each_model
+def test_nan_stays_in_its_network(model):
+    graphs = random_graphs([RESIDUAL, SHALLOW], [2, 2])
+    networks = Collection(graphs)
+    metanetwork = fitted(model, networks, Scores(2)).eval()
+    before = metanetwork(everything(networks))
+    state = graphs[0].state_dict()
+    state["layers.1.weight"][1] = float("nan")
+    after = metanetwork(everything(Collection([RESIDUAL.graph(state), graphs[1]], networks.frame)))
+    assert after[1].isnan().all()
+    torch.testing.assert_close(after[[0, 2, 3]], before[[0, 2, 3]], rtol=0, atol=1e-12)
 
 
-def test_nan_is_named(random_graph):
-    graph = random_graph(mlp([2, 3, 1]))
-    graph.edges[1][2, 0, 1] = float("nan")
-    with pytest.raises(ValueError, match=r"layers\.1\.weight of network 2"):
-        Standardize(graph.wiring).fit(graph)
+@each_model
+@pytest.mark.parametrize("residual", [(-1, -1, -1, 0), (-1, -1, -1, 1), (-1,) * 4, (-1, -1, 0, 0)])
+def test_skip_connections_are_read(model, residual):
+    """The same parameters in CNNs of other descriptions."""
+    description = dict(channels=(3, 4, 4, 4, 4), kernel_size=(3,) * 4, activation=("relu",) * 4, classes=2)
+    (graph,) = random_graphs([cnn(**description, residual=(-1, -1, 0, -1))], [2])
+    other = cnn(**description, residual=residual).graph(graph.state_dict())
+    networks = Collection([graph, other])
+    with torch.no_grad():
+        scores = fitted(model, networks, Scores(2))(everything(networks))
+    assert (scores[:2] - scores[2:]).abs().amax(1).min() > 1e-7
 
 
-class Added(torch.nn.Module):
-    """Edges without weights lead to the sum."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
-
-    def forward(self, x):
-        return self.a(x) + self.b(x)
-
-
-def test_networks_that_are_no_mlps_are_refused():
-    normalized = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 1)).eval()
-    wiring = trace(normalized, torch.randn(5, 2))
-    for model in MODELS:
-        with pytest.raises(ValueError, match=r"normalization block of 1\.weight.*HeterogeneousNGT"):
-            model(wiring, 3)
-        with pytest.raises(ValueError, match="residual block of groups 1 -> 2"):
-            model(trace(Added(), torch.randn(5, 2)), 3)
-        model(trace(torch.nn.Sequential(normalized[0], torch.nn.Tanh(), normalized[2]), torch.randn(5, 2)), 3)
-
-
-@pytest.mark.parametrize("model", MODELS)
-def test_graphs_without_a_batch_axis_are_refused(model, random_graph):
-    graph = random_graph(mlp([2, 3, 1]))
-    with pytest.raises(ValueError, match="one batch axis, of their networks, not 0"):
-        model(graph.wiring, 3).double()(graph[0])
-
-
-class TwoHeads(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.body, self.one, self.other = nn.Linear(2, 4), nn.Linear(4, 3), nn.Linear(4, 1)
-
-    def forward(self, x):
-        x = torch.tanh(self.body(x))
-        return self.one(x), self.other(x)
-
-
-def test_several_layers_of_outputs():
-    network = TwoHeads()
-    wiring = trace(network, torch.randn(5, 2))
-    graph = wiring.graph({name: values.detach().unsqueeze(0) for name, values in network.state_dict().items()})
-    assert NGGNN(wiring, 10)(graph).shape == (1, 10)
-    with pytest.raises(ValueError, match="one layer of outputs, and this network has 2: use NGGNN"):
-        NGT(wiring, 10)
+@each_model
+@pytest.mark.parametrize("sigma", [None, 1.0])
+def test_where_the_numbers_of_a_kernel_lie_is_read(model, sigma):
+    """A frame of zeros around a kernel is many more weights, which standardization moves away from 0 as all others."""
+    small, large = (cnn((3, 4, 4), (3, k), ("relu", "relu"), (-1, -1), 2) for k in (3, 5))
+    state = random_graphs([small], [1])[0].state_dict()
+    kernel = state["layers.1.weight"]
+    inside = small.graph(state)
+    around = large.graph(state | {"layers.1.weight": nn.functional.pad(kernel, (1, 1, 1, 1))})
+    corner = large.graph(state | {"layers.1.weight": nn.functional.pad(kernel, (0, 2, 0, 2))})
+    turned = small.graph(state | {"layers.1.weight": kernel.transpose(3, 4)})
+    networks = Collection([inside, around, corner, turned], FRAME)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        unfitted = model(FRAME, Scores(2), sigma=sigma, normalization="none", dropout=0.0).double()
+        inside, around, corner, _ = answers(unfitted, everything(networks))
+        assert distance(around, inside) < 1e-12
+        assert distance(corner, around) > 1e-7
+        inside, *others = answers(fitted(model, networks, Scores(2), sigma=sigma), everything(networks))
+    assert min(distance(other, inside) for other in others) > 1e-7

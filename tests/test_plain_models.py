@@ -1,22 +1,23 @@
-"""The plain models and the plain INR fit, against brute force and by their own invariances."""
+"""The plain models and the plain INR fit, against brute force; what models must be is in `test_contract`."""
 
 import math
 
 import pytest
 import torch
-from properties import permute, random_permutations
 from torch import Tensor
 
 from ngcore.graph import NeuralGraph, Wiring, mlp
+from ngcore.graph.frame import Frame
+from ngcore.models import Scores
 from ngcore.reference import ng_gnn as plain_ng_gnn
 from ngcore.reference import ng_t as plain_ng_t
+from ngcore.reference.encoder import to_batch, to_data_list
 from ngcore.reference.inr import Siren, fit_one, pixel_coordinates
-from ngcore.reference.ng_gnn import PlainNGGNN, mean_log_degree, to_batch, to_data_list
+from ngcore.reference.ng_gnn import PlainNGGNN
 from ngcore.reference.ng_t import PlainNGT
 
-MODELS = [PlainNGGNN, PlainNGT]
-INR = mlp([2, 32, 32, 1], "siren")
 SMALL = mlp([2, 5, 3, 2], "siren")
+FRAME = Frame.of([SMALL])
 
 
 def random_graph(wiring: Wiring, count: int, seed: int = 0) -> NeuralGraph:
@@ -29,139 +30,84 @@ def random_graph(wiring: Wiring, count: int, seed: int = 0) -> NeuralGraph:
     )
 
 
-def random_model(model_class, wiring: Wiring, probes: int = 0, num_classes: int = 4):
-    """A float64 model in evaluation mode whose standardization differs between layers."""
+def random_encoder(model_class):
+    """Of a model in float64 whose standardization differs between layers."""
     torch.manual_seed(1)
-    model = model_class(wiring, num_classes, probes=probes).double().eval()
-    for name, buffer in model.encoder.named_buffers():
+    encoder = model_class(FRAME, Scores(4), probes=3).double().encoder
+    for name, buffer in encoder.named_buffers():
         if name.endswith("_mean"):
-            buffer.normal_(std=0.1)
+            buffer[1:].normal_(std=0.1)
         if name.endswith("_std"):
-            buffer.uniform_(0.5, 1.5)
-    return model
-
-
-def logits(model, graph: NeuralGraph) -> Tensor:
-    with torch.no_grad():
-        return model(to_batch(graph) if isinstance(model, PlainNGGNN) else graph)
-
-
-@pytest.mark.parametrize(
-    ("model_class", "probes", "count"),
-    [(PlainNGGNN, 0, 331_466), (PlainNGGNN, 64, 348_746), (PlainNGT, 0, 376_586), (PlainNGT, 64, 393_866)],
-)
-def test_parameter_counts(model_class, probes, count):
-    model = model_class(INR, 10, probes=probes)
-    assert sum(parameter.numel() for parameter in model.parameters()) == count
-
-
-@pytest.mark.parametrize("model_class", MODELS)
-@pytest.mark.parametrize("probes", [0, 3])
-@pytest.mark.parametrize("wiring", [INR, SMALL], ids=["inr", "small"])
-def test_hidden_neurons_may_be_permuted(model_class, probes, wiring):
-    model, graph = random_model(model_class, wiring, probes), random_graph(wiring, 2)
-    permuted = permute(graph, random_permutations(wiring, torch.Generator().manual_seed(2)))
-    torch.testing.assert_close(logits(model, permuted), logits(model, graph), atol=1e-9, rtol=0)
-
-
-@pytest.mark.parametrize("model_class", MODELS)
-@pytest.mark.parametrize("group", [0, 3], ids=["input", "output"])
-def test_input_and_output_neurons_may_not_be_permuted(model_class, group):
-    model, graph = random_model(model_class, SMALL), random_graph(SMALL, 2)
-    swapped = permute(graph, {group: torch.tensor([1, 0])})
-    assert (logits(model, swapped) - logits(model, graph)).abs().max() > 1e-6
-
-
-@pytest.mark.parametrize("model_class", MODELS)
-def test_a_network_does_not_depend_on_its_batch(model_class):
-    model, graph = random_model(model_class, INR, probes=3), random_graph(INR, 3)
-    alone = torch.cat([logits(model, graph[i : i + 1]) for i in range(3)])
-    torch.testing.assert_close(logits(model, graph), alone, atol=1e-9, rtol=0)
-
-
-@pytest.mark.parametrize("model_class", MODELS)
-def test_every_parameter_of_the_input_network_is_read(model_class):
-    model, graph = random_model(model_class, SMALL), random_graph(SMALL, 1)
-    state_dict = graph.state_dict()
-    before = logits(model, graph)
-    for name, parameter in state_dict.items():
-        for position in range(parameter.numel()):
-            changed = parameter.clone()
-            changed.view(-1)[position] += 0.1
-            after = logits(model, SMALL.graph({**state_dict, name: changed}))
-            assert (after - before).abs().max() > 1e-7, f"{name}, element {position}"
-
-
-@pytest.mark.parametrize("model_class", MODELS)
-def test_every_parameter_of_the_model_gets_a_gradient(model_class):
-    model, graph = random_model(model_class, SMALL, probes=3), random_graph(SMALL, 4)
-    model(to_batch(graph) if model_class is PlainNGGNN else graph).square().sum().backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.abs().max() > 0, name
-
-
-@pytest.mark.parametrize("model_class", MODELS)
-def test_dropout_acts_in_training_alone(model_class):
-    graph = random_graph(SMALL, 2)
-    torch.manual_seed(1)
-    model = model_class(SMALL, 4, dropout=0.5).double()
-    assert not torch.equal(logits(model, graph), logits(model, graph))
-    assert torch.equal(logits(model.eval(), graph), logits(model, graph))
+            buffer[1:].uniform_(0.5, 1.5)
+    return encoder
 
 
 def test_data_holds_both_directions_of_every_weight():
     graph = random_graph(SMALL, 2)
-    data = to_data_list(graph)[1]
+    data = to_data_list([graph], FRAME)[1]
     seen = set()
     for e in range(data.num_edges):
         source, target = data.edge_index[:, e].tolist()
         forward = data.layer[source] < data.layer[target]
         low, high = (source, target) if forward else (target, source)
         block = int(data.layer[low])
-        weight = graph.edges[block][1, high - SMALL.offsets[block + 1], low - SMALL.offsets[block], 0]
-        assert data.edge_attr[e, 0] == weight
-        assert data.direction[e].tolist() == ([1, 0, 1] if forward else [0, 1, 1])
-        assert data.block[e] == block
+        weight = float(graph.edges[block][1, high - SMALL.offsets[block + 1], low - SMALL.offsets[block], 0])
+        assert data.edge_attr[e].tolist() == ([weight, 0, weight] if forward else [0, weight, weight])
+        assert data.present[e].tolist() == ([True, False, True] if forward else [False, True, True])
+        assert data.edge_slot[e] == block + 1
         seen.add((source, target))
     assert len(seen) == data.num_edges == 2 * (2 * 5 + 5 * 3 + 3 * 2)
     assert data.position_row.tolist() == [0, 1, *[2] * 5, *[3] * 3, 4, 5]
+    assert data.layer_row.tolist() == [0, 0, *[1] * 5, *[2] * 3, 3, 3]
+    assert data.node_slot.tolist() == data.layer_row.tolist()
 
 
-@pytest.mark.parametrize("module", [plain_ng_gnn, plain_ng_t])
-def test_encoder_scalar_by_scalar(module):
+@pytest.mark.parametrize("model_class", [PlainNGGNN, PlainNGT])
+def test_encoder_scalar_by_scalar(model_class):
     """One node and one edge at a time, from Python floats."""
-    graph = random_graph(SMALL, 1)
-    encoder = random_model(PlainNGGNN if module is plain_ng_gnn else PlainNGT, SMALL, probes=3).encoder
+    graph, encoder = random_graph(SMALL, 1), random_encoder(model_class)
+    data, standardize = to_batch([graph], FRAME), encoder.standardize
     with torch.no_grad():
-        nodes, edges = encoder(to_batch(graph) if module is plain_ng_gnn else graph)
+        nodes = encoder.nodes(data)
         node = SMALL.offsets[2] + 1  # neuron 1 of the second hidden layer
-        bias = (graph.nodes[2][0, 1, 0] - encoder.node_mean[2]) / encoder.node_std[2]
+        bias = (graph.nodes[2][0, 1, 0] - standardize.node_mean[2]) / standardize.node_std[2]
         expected = encoder.node_fourier(gamma([float(bias)], encoder.node_frequencies))
         probed = torch.stack([hidden_activation(graph, point)[1] for point in encoder.probe.points])
         expected = expected + encoder.probe.norm[2](encoder.probe.project[2](probed))
         expected = encoder.node_linear(expected) + encoder.positions[3]
-        torch.testing.assert_close(nodes.reshape(SMALL.num_nodes, -1)[node], expected, atol=1e-12, rtol=0)
+        torch.testing.assert_close(nodes[node], expected, atol=1e-12, rtol=0)
 
         first = encoder.node_fourier(gamma([0.0], encoder.node_frequencies))  # input nodes have feature 0
         coordinate = encoder.probe.points[:, 1]
         first = first + encoder.probe.norm[0](encoder.probe.project[0](coordinate))
         first = encoder.node_linear(first) + encoder.positions[1]
-        torch.testing.assert_close(nodes.reshape(SMALL.num_nodes, -1)[1], first, atol=1e-12, rtol=0)
+        torch.testing.assert_close(nodes[1], first, atol=1e-12, rtol=0)
 
+        edges = encoder.edges(encoder.encoded(data, torch.ones_like(data.edge_reversed)))
         source = SMALL.offsets[1] + 4
-        weight = float((graph.edges[1][0, 1, 4, 0] - encoder.edge_mean[1]) / encoder.edge_std[1])
-        if module is plain_ng_gnn:
-            feature = {(source, node): [weight, 0.0, weight], (node, source): [0.0, weight, weight]}
-            index = to_batch(graph).edge_index.T.tolist()
-            found = {pair: edges[index.index(list(pair))] for pair in feature}
-            wanted = {pair: gamma(x, encoder.edge_frequencies) for pair, x in feature.items()}
-        else:
-            found = {"edge": edges[0, node, source], "no edge": edges[0, source, node]}
-            wanted = {"edge": gamma([weight], encoder.edge_frequencies), "no edge": torch.zeros(256).double()}
-        for key, encoding in wanted.items():
+        weight = float((graph.edges[1][0, 1, 4, 0] - standardize.edge_mean[2]) / standardize.edge_std[2])
+        features = {(source, node): [weight, 0.0, weight], (node, source): [0.0, weight, weight]}
+        index = data.edge_index.T.tolist()
+        for pair, numbers in features.items():
+            encoding = gamma(numbers[: encoder.edge_features], encoder.edge_frequencies)
             expected = encoder.edge_linear(encoder.edge_fourier(encoding))
-            torch.testing.assert_close(found[key], expected, atol=1e-12, rtol=0)
+            torch.testing.assert_close(edges[index.index(list(pair))], expected, atol=1e-12, rtol=0)
+
+
+def test_pairs_without_an_edge_read_zeros():
+    graph, model = random_graph(SMALL, 2), PlainNGT(FRAME, Scores(4)).double()
+    batch, encoder = to_batch([graph], FRAME), model.encoder
+    with torch.no_grad():
+        encoded = encoder.encoded(batch, ~batch.edge_reversed)
+        source, target = batch.edge_index[:, ~batch.edge_reversed]
+        pairs = model.pairs(encoded, (batch.batch[source], target % 12, source % 12), 2, 12)
+        none = encoder.edge_linear(encoder.edge_fourier(torch.zeros(256, dtype=torch.float64)))
+        for network in range(2):
+            for i in range(12):
+                for j in range(12):
+                    edge = ((target == 12 * network + i) & (source == 12 * network + j)).nonzero().flatten().tolist()
+                    expected = encoder.edges(encoded[edge[0]]) if edge else none
+                    torch.testing.assert_close(pairs[network, i, j], expected, atol=1e-12, rtol=0)
 
 
 def gamma(features: list[float], frequencies: Tensor) -> Tensor:
@@ -183,13 +129,12 @@ def hidden_activation(graph: NeuralGraph, point: Tensor) -> Tensor:
 
 def test_ng_gnn_layer_node_by_node():
     torch.manual_seed(0)
-    delta = mean_log_degree(SMALL)
+    edge_index = to_batch([random_graph(SMALL, 1)], FRAME).edge_index
+    delta = 1.5
     layer = plain_ng_gnn.Layer(delta, dropout=0.2, last=False).double().eval()
-    edge_index = to_batch(random_graph(SMALL, 1)).edge_index
     nodes, edges = torch.randn(SMALL.num_nodes, 64).double(), torch.randn(edge_index.shape[1], 64).double()
     degrees = [len(incoming(edge_index, i)) for i in range(SMALL.num_nodes)]
     assert degrees == [5, 5, *[5] * 5, *[7] * 3, 3, 3]  # 5 = 2 + 3 and 7 = 5 + 2 count reversed edges
-    assert delta == pytest.approx(sum(math.log(d + 1) for d in degrees) / len(degrees))
 
     with torch.no_grad():
         new_nodes, new_edges = layer(nodes, edge_index, edges)
@@ -227,8 +172,9 @@ def test_ng_t_layer_pair_by_pair():
         new_nodes, new_edges = (x[0] for x in layer(nodes, edges))
         nodes, edges = nodes[0], edges[0]
         for i in range(n):
-            attended = torch.cat([attend(layer, nodes, edges, i, head) for head in range(4)])
-            state = layer.node_norm1(nodes[i] + layer.attention_linear(layer.attention_output(attended)))
+            attended = torch.cat([attend(layer.attention, nodes, edges, i, head) for head in range(4)])
+            gathered = layer.attention.attention_linear(layer.attention.attention_output(attended))
+            state = layer.node_norm1(nodes[i] + gathered)
             expected = layer.node_norm2(state + layer.node_feed2(gelu(layer.node_feed1(state))))
             torch.testing.assert_close(new_nodes[i], expected, atol=1e-9, rtol=0)
         for i in range(n):

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from ngcore.graph import NeuralGraph, Wiring
+    from ngcore.graph.frame import Frame
 
 SUMMARY = "Time ours against a plain reference, in items per second."
 Precision = Literal["float32", "bfloat16"]
@@ -155,18 +156,22 @@ def plain_ng_gnn() -> Workload:
     """The networks are `Data` objects already, as in a torch_geometric data set; each step collates."""
     from torch_geometric.data import Batch
 
-    from ngcore.reference.ng_gnn import PlainNGGNN, to_data_list
+    from ngcore.models import Scores
+    from ngcore.reference.encoder import to_data_list
+    from ngcore.reference.ng_gnn import PlainNGGNN
 
-    networks = to_data_list(random_networks(REFERENCE_BATCH))
-    model = PlainNGGNN(inr_wiring(), NUM_CLASSES)
+    networks = to_data_list([random_networks(REFERENCE_BATCH)], inr_frame())
+    model = PlainNGGNN(inr_frame(), Scores(NUM_CLASSES))
     return plain_classification(model, lambda: Batch.from_data_list(networks), REFERENCE_BATCH)
 
 
 def plain_ng_t() -> Workload:
+    from ngcore.models import Scores
+    from ngcore.reference.encoder import to_batch
     from ngcore.reference.ng_t import PlainNGT
 
-    graph = random_networks(REFERENCE_BATCH)
-    return plain_classification(PlainNGT(inr_wiring(), NUM_CLASSES), lambda: graph, REFERENCE_BATCH)
+    batch = to_batch([random_networks(REFERENCE_BATCH)], inr_frame())
+    return plain_classification(PlainNGT(inr_frame(), Scores(NUM_CLASSES)), lambda: [batch], REFERENCE_BATCH)
 
 
 def plain_dwsnet() -> Workload:
@@ -179,18 +184,24 @@ def plain_dwsnet() -> Workload:
 def plain_editing_ng_gnn() -> Workload:
     from torch_geometric.data import Batch
 
-    from ngcore.reference.ng_gnn import PlainEquivariantNGGNN, to_data_list
+    from ngcore.models import PerParameter
+    from ngcore.reference.encoder import to_data_list
+    from ngcore.reference.ng_gnn import PlainNGGNN
 
     graph = random_networks(REFERENCE_BATCH)
-    networks = to_data_list(graph)
-    return plain_editing(PlainEquivariantNGGNN(inr_wiring()), lambda: Batch.from_data_list(networks), graph)
+    networks = to_data_list([graph], inr_frame())
+    model = PlainNGGNN(inr_frame(), PerParameter(), sigma=None)
+    return plain_editing(model, lambda: Batch.from_data_list(networks), graph)
 
 
 def plain_editing_ng_t() -> Workload:
-    from ngcore.reference.ng_t import PlainEquivariantNGT
+    from ngcore.models import PerParameter
+    from ngcore.reference.encoder import to_batch
+    from ngcore.reference.ng_t import PlainNGT
 
     graph = random_networks(REFERENCE_BATCH)
-    return plain_editing(PlainEquivariantNGT(inr_wiring()), lambda: graph, graph)
+    batch = to_batch([graph], inr_frame())
+    return plain_editing(PlainNGT(inr_frame(), PerParameter(), sigma=3.0, dropout=0.3), lambda: [batch], graph)
 
 
 def plain_classification(model: nn.Module, next_batch: Callable[[], object], count: int) -> Workload:
@@ -206,7 +217,7 @@ def plain_editing(metanetwork: nn.Module, next_batch: Callable[[], object], grap
 
     from ngcore.reference.editing import PlainEditor
 
-    editor, count = PlainEditor(metanetwork), graph.num_networks
+    editor, count = PlainEditor(metanetwork, graph.wiring), graph.num_networks
     images, networks = random_images(count), [graph[n].state_dict() for n in range(count)]
     return plain_training(editor, lambda: F.mse_loss(editor(next_batch(), networks).mean(0), images), count)
 
@@ -228,6 +239,12 @@ def inr_wiring() -> Wiring:
     from ngcore.graph import mlp
 
     return mlp([2, 32, 32, 1], "siren")
+
+
+def inr_frame() -> Frame:
+    from ngcore.graph.frame import Frame
+
+    return Frame.of([inr_wiring()])
 
 
 def random_networks(count: int) -> NeuralGraph:

@@ -138,14 +138,22 @@ def plain_park(method: str) -> Workload:
     import torch
 
     from ngcore.graph.frame import Frame
-    from ngcore.reference.heterogeneous import PlainHeterogeneousNGGNN, PlainHeterogeneousNGT, to_batch, to_data_list
+    from ngcore.models import CNN_WIDTHS, Scores
+    from ngcore.reference.encoder import to_batch
+    from ngcore.reference.ng_gnn import PlainNGGNN
+    from ngcore.reference.ng_t import PlainNGT
 
     torch.manual_seed(0)
     graphs = park_graphs()
     frame = Frame.of({graph.wiring for graph in graphs})
-    model = {"NG-GNN": PlainHeterogeneousNGGNN, "NG-T": PlainHeterogeneousNGT}[method](frame)
-    made = to_batch if method == "NG-GNN" else to_data_list
-    batches = [made(graphs[first : first + BATCH], frame) for first in range(0, len(graphs), BATCH)]
+    parts = [graphs[first : first + BATCH] for first in range(0, len(graphs), BATCH)]
+    options = {"sigma": None, "activations": True, "dropout": 0.0}
+    if method == "NG-T":  # one network after the other
+        batches = [[to_batch([graph], frame) for graph in part] for part in parts]
+        model = PlainNGT(frame, Scores(), widths=CNN_WIDTHS, **options)
+    else:
+        batches = [to_batch(part, frame) for part in parts]
+        model = PlainNGGNN(frame, Scores(), **options)
     return park_training(model, [[lambda batch=batch: batch] for batch in batches])
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ngcore.graph import Wiring
 from ngcore.reference.inr import FREQUENCY, IMAGE_SIDE, pixel_coordinates
 
 INITIAL_SCALE = 0.01
@@ -20,13 +21,15 @@ INITIAL_SCALE = 0.01
 class PlainEditor(nn.Module):
     """New parameter = old parameter + scale * number, with a learned scale per layer, of weights and of biases apart.
 
-    `metanetwork` is a plain model with numbers for every parameter of INRs with two sine layers.
+    Args:
+        metanetwork: a plain model with numbers for every parameter.
+        wiring: of INRs with two sine layers.
     """
 
-    def __init__(self, metanetwork: nn.Module) -> None:
+    def __init__(self, metanetwork: nn.Module, wiring: Wiring) -> None:
         super().__init__()
-        self.metanetwork = metanetwork
-        num_layers = len(metanetwork.wiring.blocks)
+        self.metanetwork, self.wiring = metanetwork, wiring
+        num_layers = len(wiring.blocks)
         self.node_scale = nn.Parameter(torch.full((1 + num_layers,), INITIAL_SCALE))  # the first of the input, unused
         self.edge_scale = nn.Parameter(torch.full((num_layers,), INITIAL_SCALE))
 
@@ -43,7 +46,7 @@ class PlainEditor(nn.Module):
 
     def edit(self, inputs: object, networks: Sequence[Mapping[str, Tensor]]) -> list[list[dict[str, Tensor]]]:
         """Parameters of the edited networks: `[k][n]` is what the k-th numbers make of the n-th network."""
-        numbers = self.metanetwork(inputs)
+        numbers = by_parameter(self.wiring, *self.metanetwork(inputs))
         outputs = next(iter(numbers.values())).shape[-1]
         return [
             [
@@ -58,8 +61,23 @@ class PlainEditor(nn.Module):
         return self.edge_scale[int(layer)] if kind == "weight" else self.node_scale[int(layer) + 1]
 
 
+def by_parameter(
+    wiring: Wiring, nodes: Float[Tensor, "all_nodes k"], edges: Float[Tensor, "all_edges k"]
+) -> dict[str, Float[Tensor, "batch *shape k"]]:
+    """Numbers for the nodes and edges of several MLPs of one wiring, cut into those of each parameter."""
+    nodes, edges = nodes.unflatten(0, (-1, wiring.num_nodes)), edges.unflatten(0, (-1, wiring.num_edges))
+    numbers, first = {}, 0
+    for block in wiring.blocks:
+        rows, columns = wiring.shapes[block.weight]
+        numbers[block.weight] = edges[:, first : first + rows * columns].unflatten(1, (rows, columns))
+        first += rows * columns
+        own = slice(wiring.offsets[block.target], wiring.offsets[block.target + 1])
+        numbers[wiring.groups[block.target].bias] = nodes[:, own]
+    return numbers
+
+
 def render(parameters: Mapping[str, Tensor]) -> Float[Tensor, "side side"]:
-    """The image that one INR draws, as grey values; the forward pass of `plain_inr.Siren`."""
+    """The image that one INR draws, as grey values; the forward pass of `ngcore.reference.inr.Siren`."""
     x = pixel_coordinates().to(parameters["layers.0.weight"])
     for i in range(2):
         x = torch.sin(FREQUENCY * F.linear(x, parameters[f"layers.{i}.weight"], parameters[f"layers.{i}.bias"]))
