@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from ngcore import processes
 from ngcore.data.images.subsets import load_images
-from ngcore.data.zoos import populations, wild_park
+from ngcore.data.zoos import wild_park
 from ngcore.data.zoos.cnn import ACTIVATIONS, CNN
 from ngcore.data.zoos.populations import read_part, write_part
 from ngcore.data.zoos.wild_park import Recipe, draw_architecture, draw_learning_rate, generate_park, train_run
@@ -156,7 +157,7 @@ def test_a_diverged_run_is_an_empty_part(tmp_path, monkeypatch):
 
 def test_a_park_is_made_in_a_process_and_extended(tmp_path, monkeypatch):
     generate_park(RECIPE, 1, tmp_path, workers=1)
-    monkeypatch.setattr(populations, "pool", ThreadPoolExecutor)
+    monkeypatch.setattr(processes, "pool", ThreadPoolExecutor)
     trained = []
     monkeypatch.setattr(wild_park, "train_run", lambda *a: trained.append(a[1]) or train_run(*a))
     park = generate_park(RECIPE, 3, tmp_path, workers=1)
