@@ -15,9 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from ngcore.graph.steps import call, resolved, run_steps
 from ngcore.graph.structure import Reference, Step
+from ngcore.graph.tracing.values import NO_NEURON
 from ngcore.graph.wiring import NeuralGraph, Wiring
-
-NO_NEURON = -1
 
 
 @dataclass(frozen=True)

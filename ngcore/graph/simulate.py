@@ -11,8 +11,8 @@ from torch import Tensor
 from ngcore.graph.forward import activations, outputs
 from ngcore.graph.steps import call
 from ngcore.graph.structure import Reference, Step
-from ngcore.graph.tracing.reader import NO_NEURON
 from ngcore.graph.tracing.rules.parameters import form_of_convolution
+from ngcore.graph.tracing.values import NO_NEURON
 from ngcore.graph.wiring import NeuralGraph
 
 __all__ = ["Simulation", "SimulationError", "activations", "simulate"]

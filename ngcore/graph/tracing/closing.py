@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ngcore.graph.structure import Block, Group, Reference, Step, View
+from ngcore.graph.structure import Block, Group, Reference, Step
 from ngcore.graph.symmetry.group import Symmetry
 from ngcore.graph.symmetry.spaces import resolve
 from ngcore.graph.tracing.expressions import name_of
-from ngcore.graph.tracing.reader import NO_NEURON, Reader, TraceError, Value, as_nodes
+from ngcore.graph.tracing.ledgers import as_nodes
+from ngcore.graph.tracing.reader import Reader, TraceError
+from ngcore.graph.tracing.values import NO_NEURON, Activation, Computed, Constant, Parameter, Unread, Value, none
 from ngcore.graph.wiring import Wiring
 
 
@@ -57,9 +59,9 @@ def _read_nodes(reader: Reader) -> list[Tensor]:
         if not _copies(reader, block):
             read[block.source][list(block.source_nodes)] = True
     for ids in reader.returned:
-        for g in reader.groups_of(ids):
+        for g in reader.groups.numbers(ids):
             start = reader.groups[g].start
-            read[g][ids[reader.places(ids) == g] - start] = True
+            read[g][ids[reader.groups.places(ids) == g] - start] = True
     return [nodes.nonzero().flatten() for nodes in read]
 
 
@@ -90,7 +92,9 @@ class Numbers:
 
     def ids(self, value: Value) -> Tensor | None:
         """The neurons of a value at the end of reading: an input's may have been made later."""
-        ids = _ids(value)
+        if isinstance(value, Constant):
+            return none(len(value.shape))
+        ids = _ids(value) if isinstance(value, Computed) else None
         if ids is None:
             return None
         ids = self.reader.through(ids, value.function, make=False)
@@ -105,27 +109,21 @@ class Numbers:
             size = self.starts[number + 1] - self.starts[number]
             ends.append((number, None if torch.equal(new, torch.arange(size)) else as_nodes(new)))
         (source, sources), (target, targets) = ends
-        view = None if block.weight is not None and block.view == whole(self.reader, block.weight) else block.view
+        view = (
+            None
+            if block.weight is not None and block.view == self.reader.parameters.as_block(block.weight)
+            else block.view
+        )
         return replace(block, source=source, target=target, source_nodes=sources, target_nodes=targets, view=view)
 
 
-def whole(reader: Reader, name: str) -> View | None:
-    """All of a parameter as a bias or as a block of edges, for which a wiring has no view."""
-    values = reader.slots[name]
-    if values.dim() not in (1, 2):
-        return None
-    return reader.view(name, values if values.dim() == 1 else values.unsqueeze(0))
-
-
-def _ids(value: Value) -> Tensor | None:
-    if value.constant is not None:
-        return torch.full([1] * len(value.shape), NO_NEURON)
-    if value.ids is not None or value.slot is not None:
-        return value.ids
-    if value.parent is not None:
-        parent, order = value.parent
-        known = _ids(parent)
-        return None if known is None else known.permute(order)
+def _ids(value: Computed) -> Tensor | None:
+    match value:
+        case Activation():
+            return value.ids
+        case Unread(parent=(parent, order)):
+            known = _ids(parent)
+            return None if known is None else known.permute(order)
     made = list(value.made.values())
     return made[0] if len(made) == 1 else None
 
@@ -157,11 +155,11 @@ def closed(reader: Reader, exported: torch.export.ExportedProgram) -> Wiring:
     aliases = {name: owner for name, owner in reader.owners.items() if name != owner}
     everything = exported.state_dict
     used = {block.weight for block in blocks} | {group.bias for group in groups}
-    shapes = {name: tuple(everything[name].shape) for name in reader.axes if name in used}
-    for name, placed in reader.placed.items():
-        if placed is not None and not placed.all():
-            raise TraceError(f"parameter {name} of shape {shapes[name]} has {int(placed.sum())} places on the graph")
-    axes = {name: tuple(map(resolve, own)) for name, own in reader.axes.items()}
+    shapes = {name: tuple(everything[name].shape) for name in reader.parameters.axes if name in used}
+    missing = reader.parameters.missing()
+    if missing is not None:
+        raise TraceError(f"parameter {missing[0]} of shape {shapes[missing[0]]} has {missing[1]} places on the graph")
+    axes = {name: tuple(map(resolve, own)) for name, own in reader.parameters.axes.items()}
     return Wiring(
         tuple(groups),
         tuple(blocks),
@@ -174,7 +172,7 @@ def closed(reader: Reader, exported: torch.export.ExportedProgram) -> Wiring:
 
 
 def _groups(reader: Reader, left: Sequence[Left], numbers: Numbers, blocks: Sequence[Block]) -> list[Group]:
-    outputs = {int(numbers.group[g]) for ids in reader.returned for g in reader.groups_of(ids)}
+    outputs = {int(numbers.group[g]) for ids in reader.returned for g in reader.groups.numbers(ids)}
     parents: list[set[int]] = [set() for _ in left]
     for block in blocks:
         parents[block.target].add(block.source)
@@ -184,7 +182,7 @@ def _groups(reader: Reader, left: Sequence[Left], numbers: Numbers, blocks: Sequ
         layer = 1 + max((groups[p].layer for p in parents[g] if p < g), default=-1)
         role = "output" if g in outputs and group.role == "hidden" else group.role
         bias, view = group.bias or (None, None)
-        view = None if bias is not None and view == whole(reader, bias) else view
+        view = None if bias is not None and view == reader.parameters.as_block(bias) else view
         groups.append(
             Group(
                 len(own.nodes), role, layer, own.activation, bias, view, group.where, group.tied, group.locations
@@ -202,29 +200,30 @@ def _steps(
     steps = []
     for node, (value, _, where) in reader.read.items():
         first = value[0] if isinstance(value, (list, tuple)) and value else value
-        known = first if isinstance(first, Value) else None
-        parameter = None if known is None or known.slot is None else known.slot[0]
-        ids = None if known is None else numbers.ids(known)
-        if node.op == "placeholder":
-            given, arguments = _given(exported, node, value)
-            steps.append(Step(given, arguments, ids=ids, parameter=parameter))
-        elif node.op == "output":
-            returned = [out for out in node.args[0] if isinstance(out, fx.Node) and out.name in wanted]
-            steps.append(Step("output", tuple(place[out] for out in returned)))
-        else:
-            name = "getitem" if node.target is operator.getitem else str(node.target)
-            arguments, keywords = fx.node.map_arg((node.args, dict(node.kwargs)), place.__getitem__)
-            steps.append(Step(name, tuple(arguments), keywords, ids, made[node], parameter, where))
+        ids = numbers.ids(first) if isinstance(first, Value) else None
+        parameter = first.name if isinstance(first, Parameter) else None
+        match node.op:
+            case "placeholder":
+                given, arguments = _given(exported, node, value)
+                steps.append(Step(given, arguments, ids=ids, parameter=parameter))
+            case "output":
+                returned = [out for out in node.args[0] if isinstance(out, fx.Node) and out.name in wanted]
+                steps.append(Step("output", tuple(place[out] for out in returned)))
+            case _:
+                name = "getitem" if node.target is operator.getitem else str(node.target)
+                arguments, keywords = fx.node.map_arg((node.args, dict(node.kwargs)), place.__getitem__)
+                steps.append(Step(name, tuple(arguments), keywords, ids, made[node], parameter, where))
     return tuple(steps)
 
 
 def _given(exported: torch.export.ExportedProgram, node: fx.Node, value: Any) -> tuple[str, tuple[Any, ...]]:
     """What a step stands for that is not computed: its kind, and its name, shape or number."""
-    if not isinstance(value, Value):
-        return "constant", (value,)
-    if value.slot is not None:
-        return "parameter", (value.slot[0],)
-    if value.constant is None:
-        return "input", (node.name, value.shape)
-    buffer = exported.graph_signature.inputs_to_buffers.get(node.name)
-    return ("buffer", (buffer,)) if buffer in exported.state_dict else ("constant", (value.constant,))
+    match value:
+        case Parameter():
+            return "parameter", (value.name,)
+        case Constant():
+            buffer = exported.graph_signature.inputs_to_buffers.get(node.name)
+            return ("buffer", (buffer,)) if buffer in exported.state_dict else ("constant", (value.numbers,))
+        case Value():
+            return "input", (node.name, value.shape)
+    return "constant", (value,)

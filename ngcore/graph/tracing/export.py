@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
-from ngcore.graph.symmetry.spaces import Space, pinned_leaf, reading, uniform
+from ngcore.graph.symmetry.spaces import pinned_leaf, reading
 from ngcore.graph.tracing.closing import closed
 from ngcore.graph.tracing.expressions import Named
-from ngcore.graph.tracing.reader import RULES, Reader, TraceError, Value, applied, constant_axes
+from ngcore.graph.tracing.ledgers import PlaceError
+from ngcore.graph.tracing.reader import RULES, Reader, TraceError
+from ngcore.graph.tracing.values import Constant, Unread, Value, applied
 from ngcore.graph.wiring import Wiring
 
 
@@ -66,42 +69,43 @@ def _read(reader: Reader, exported: torch.export.ExportedProgram) -> None:
     for node in exported.graph.nodes:
         reader.node = node
         blocks = len(reader.blocks)
-        if node.op == "placeholder":
-            values[node] = _placeholder(reader, exported, node)
-        elif node.op == "call_function":
-            values[node] = _call(reader, node, values)
-            for value in values[node] if isinstance(values[node], (tuple, list)) else [values[node]]:
-                if isinstance(value, Value) and value.source is None:
-                    value.source = node
-        elif node.op == "output":
-            for out in node.args[0]:
-                if isinstance(out, fx.Node) and out.name in wanted:
+        match node.op:
+            case "placeholder":
+                values[node] = _placeholder(reader, exported, node)
+            case "call_function":
+                values[node] = _call(reader, node, values)
+            case "output":
+                returned = [out for out in node.args[0] if isinstance(out, fx.Node) and out.name in wanted]
+                for out in returned:
                     reader.give_back(values[out])
-        else:
-            raise reader.fail(f"no rule for {node.op} nodes")
+            case _:
+                raise reader.fail(f"no rule for {node.op} nodes")
         reader.read[node] = values.get(node), range(blocks, len(reader.blocks)), reader.where
 
 
 def _placeholder(reader: Reader, exported: torch.export.ExportedProgram, node: fx.Node) -> Any:
-    signature = exported.graph_signature
     example = node.meta.get("val")
-    name = signature.inputs_to_parameters.get(node.name)
+    name = exported.graph_signature.inputs_to_parameters.get(node.name)
     if name is not None:
-        name = reader.owners.get(name, name)
-        if name not in reader.axes:
-            reader.axes[name] = tuple(Space(n) if n != 1 else uniform(1) for n in example.shape)
-            reader.slots[name] = torch.empty(example.shape, device="meta")
-        return Value(tuple(example.shape), list(reader.axes[name]), slot=(name, reader.slots[name]))
-    buffer = signature.inputs_to_buffers.get(node.name)
-    lifted = signature.inputs_to_lifted_tensor_constants.get(node.name)
-    if buffer is not None or lifted is not None:
-        found = exported.constants if lifted is not None or buffer in signature.non_persistent_buffers else None
-        constant = found[lifted or buffer] if found is not None else exported.state_dict[buffer]
-        formula = Named(buffer) if buffer in exported.state_dict else None
-        return Value(tuple(constant.shape), constant_axes(constant), constant=constant, source=node, formula=formula)
+        return reader.parameters.value(reader.owners.get(name, name), example.shape)
+    constant = _stored(exported, node)
+    if constant is not None:
+        return constant
     if not isinstance(example, Tensor):
         return example
-    return Value(tuple(example.shape), [pinned_leaf(n) for n in example.shape], source=node)
+    return Unread(tuple(example.shape), [pinned_leaf(n) for n in example.shape], node)
+
+
+def _stored(exported: torch.export.ExportedProgram, node: fx.Node) -> Constant | None:
+    """A buffer, or a tensor that the network's code holds."""
+    signature = exported.graph_signature
+    buffer = signature.inputs_to_buffers.get(node.name)
+    name = buffer or signature.inputs_to_lifted_tensor_constants.get(node.name)
+    if name is None:
+        return None
+    if buffer is None or buffer in signature.non_persistent_buffers:
+        return Constant.of(exported.constants[name])
+    return Constant.of(exported.state_dict[name], Named(name))
 
 
 def _call(reader: Reader, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
@@ -109,10 +113,9 @@ def _call(reader: Reader, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     keywords = fx.node.map_arg(node.kwargs, values.__getitem__)
     if node.target is operator.getitem:
         return arguments[0][arguments[1]]
-    found: list[Value] = []
-    fx.node.map_aggregate((arguments, keywords), lambda x: found.append(x) if isinstance(x, Value) else None)
-    if all(value.kind == "constant" for value in found):
-        return _evaluate(node, arguments, keywords)
+    operands = [x for x in tree_leaves((arguments, dict(keywords))) if isinstance(x, Value)]
+    if all(isinstance(x, Constant) for x in operands):
+        return _evaluate(node, arguments, keywords, operands)
     name = reader.operator
     if name not in RULES:
         raise reader.fail(
@@ -124,30 +127,23 @@ def _call(reader: Reader, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         return RULES[name](reader, *arguments, **keywords)
     except TraceError:
         raise
+    except PlaceError as error:
+        raise reader.fail(str(error)) from error
     except Exception as error:
         raise reader.fail(f"the rule for {name} failed: {type(error).__name__}: {error}") from error
     finally:
         reading.reset(token)
 
 
-def _evaluate(node: fx.Node, arguments: Any, keywords: Any) -> Any:
+def _evaluate(node: fx.Node, arguments: Any, keywords: Any, operands: Sequence[Constant]) -> Any:
     """Operators on constants alone are run; what they make of numbers of the state dict keeps its formula."""
-    found: list[Value] = []
+    formula = applied(node.target, arguments, keywords) if any(x.formula for x in operands) else None
 
     def number(x: Any) -> Any:
-        if isinstance(x, Value):
-            found.append(x)
-            return x.constant
-        return x
+        return x.numbers if isinstance(x, Constant) else x
+
+    def constant(x: Any) -> Any:
+        return Constant.of(x, formula) if isinstance(x, Tensor) else x
 
     result = node.target(*fx.node.map_aggregate(arguments, number), **fx.node.map_aggregate(keywords, number))
-    several = isinstance(result, (tuple, list))
-    constants = [
-        Value(tuple(x.shape), constant_axes(x), constant=x, source=node) if isinstance(x, Tensor) else x
-        for x in (result if several else [result])
-    ]
-    if any(value.formula for value in found):
-        formula = applied(node.target, arguments, keywords)
-        for constant in constants:
-            constant.formula = formula
-    return constants if several else constants[0]
+    return [constant(x) for x in result] if isinstance(result, (tuple, list)) else constant(result)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ngcore.graph.symmetry.spaces import Space, is_pinned, pin, uniform
 from ngcore.graph.tracing.expressions import Apply, Named
-from ngcore.graph.tracing.reader import NO_NEURON, Reader, Value, applied, constant_axes, rule
+from ngcore.graph.tracing.reader import Reader, rule
 from ngcore.graph.tracing.rules.operands import (
     as_activation,
     joined_axes,
@@ -24,6 +25,7 @@ from ngcore.graph.tracing.rules.operands import (
     unexpanded,
     with_inputs,
 )
+from ngcore.graph.tracing.values import NO_NEURON, Activation, Computed, Constant, Parameter, Value, applied
 
 
 def composed(reader: Reader, *operands: Any, **keywords: Any) -> Value | None:
@@ -32,15 +34,21 @@ def composed(reader: Reader, *operands: Any, **keywords: Any) -> Value | None:
     Its operands are functions of the numbers of one tensor, plain numbers, and constants of one element.
     """
     values = [x for x in (*operands, *keywords.values()) if isinstance(x, Value)]
-    sums = [x for x in values if x.kind == "activation"]
-    constants = [x for x in values if x.kind == "constant"]
-    if not sums or len(sums) + len(constants) < len(values):
+    first = next((x for x in values if isinstance(x, Computed)), None)
+    if first is None or tuple(reader.node.meta["val"].shape) != first.shape:
         return None
-    if any(x.origin is not sums[0].origin or x.origin is None for x in sums):
+    if not all(_fits(x, first) for x in values):
         return None
-    if any(math.prod(x.shape) != 1 for x in constants) or tuple(reader.node.meta["val"].shape) != sums[0].shape:
-        return None
-    return reader.applied(sums[0], applied(reader.node.target, operands, keywords))
+    return reader.applied(first, applied(reader.node.target, operands, keywords))
+
+
+def _fits(value: Value, first: Computed) -> bool:
+    match value:
+        case Computed():
+            return value.origin is first.origin
+        case Constant():
+            return math.prod(value.shape) == 1
+    return False
 
 
 @rule("add", "sub", "rsub", "add_", "lerp")
@@ -67,18 +75,34 @@ def multiply(reader: Reader, *operands: Any, **keywords: Any) -> Value:
 
 def combine(reader: Reader, a: Any, b: Any, kind: str) -> Value:
     """Two operands, element by element."""
-    if not isinstance(a, Value) or not isinstance(b, Value):
-        return unchanged(reader, a if isinstance(a, Value) else b)
-    if "parameter" in (a.kind, b.kind):
-        return combine_parameter(reader, a, b, kind)
-    axes = joined_axes([a.axes, b.axes])
-    shape = torch.broadcast_shapes(a.shape, b.shape)
-    if a.kind == "activation" and b.kind == "activation":
-        return join(reader, read_input(reader, a), read_input(reader, b), shape, axes, kind)
-    known = a if a.kind == "activation" else b
+    match a, b:
+        case Parameter(), Parameter():
+            a, b = (a, b) if math.prod(a.shape) >= math.prod(b.shape) else (b, a)
+            return with_parameter(reader, as_activation(reader, a), b, kind)
+        case (Parameter(), Constant()) | (Constant(), Parameter()):
+            parameter, constant = (a, b) if isinstance(a, Parameter) else (b, a)
+            joined_axes([constant.axes, parameter.axes])
+            if (
+                torch.broadcast_shapes(a.shape, b.shape) == parameter.shape
+            ):  # each number meets one: still the parameter
+                return parameter
+            return combine(reader, as_activation(reader, parameter), constant, kind)
+        case (Computed(), Parameter()) | (Parameter(), Computed()):
+            return with_parameter(reader, *((a, b) if isinstance(b, Parameter) else (b, a)), kind)
+        case Computed(), Computed():
+            shape, axes = torch.broadcast_shapes(a.shape, b.shape), joined_axes([a.axes, b.axes])
+            return join(reader, read_input(reader, a), read_input(reader, b), shape, axes, kind)
+        case (Computed(), Constant()) | (Constant(), Computed()):
+            return with_constant(reader, *((a, b) if isinstance(b, Constant) else (b, a)))
+    return unchanged(reader, a if isinstance(a, Value) else b)
+
+
+def with_constant(reader: Reader, known: Computed, constant: Constant) -> Computed:
+    """Neurons that meet numbers stay themselves."""
+    shape, axes = torch.broadcast_shapes(known.shape, constant.shape), joined_axes([known.axes, constant.axes])
     if known.shape == shape:
         return reader.same(known, axes)
-    ids = None if known.ids is None else with_rank(known.ids, len(shape))
+    ids = with_rank(known.ids, len(shape)) if isinstance(known, Activation) else None
     return reader.activation(shape, axes, ids, known.function)
 
 
@@ -87,90 +111,109 @@ def with_rank(tensor: Tensor, rank: int) -> Tensor:
     return tensor.view([1] * (rank - tensor.dim()) + list(tensor.shape))
 
 
-def combine_parameter(reader: Reader, a: Value, b: Value, kind: str) -> Value:
+@dataclass
+class Meeting:
+    """Neurons and a parameter that broadcast to a shape.
+
+    Attributes:
+        ids, elements: the neurons, and the parameter, with an axis for every one of the shape.
+        source: the node that made the neurons.
+    """
+
+    shape: Sequence[int]
+    axes: list[Space]
+    ids: Tensor
+    elements: Tensor
+    name: str
+    source: fx.Node | None
+
+    @property
+    def rank(self) -> int:
+        return len(self.shape)
+
+    @property
+    def wide(self) -> list[int]:
+        """The axes along which the parameter varies."""
+        return [d for d in range(self.rank) if self.elements.shape[d] > 1]
+
+    def neurons_along(self, reader: Reader) -> list[int]:
+        """The axes along which the parameter has a number for every neuron: not for every position."""
+        wide, free = self.wide, [d for d in self.wide if not is_pinned(self.axes[d])]
+        moving = [d for d in wide if self.ids.shape[d] > 1] or free or wide[-1:]
+        if len(moving) > 1 and any(is_pinned(self.axes[d]) for d in moving):
+            moving = [d for d in moving if not is_pinned(self.axes[d])][-1:] or moving[-1:]
+            self.ids = merge_positions(reader, self.ids, self.axes, moving[0])
+        return moving
+
+
+def with_parameter(reader: Reader, a: Computed, b: Parameter, kind: str) -> Value:
     """A parameter that is added to neurons or multiplied with them."""
-    if b.kind != "parameter":
-        a, b = b, a
-    if a.kind == "parameter":
-        if math.prod(a.shape) < math.prod(b.shape):
-            a, b = b, a
-        a = as_activation(reader, a)
-    if a.kind == "constant":
-        joined_axes([a.axes, b.axes])
-        if torch.broadcast_shapes(a.shape, b.shape) == b.shape:  # still the parameter: each number meets one
-            return b
-        return combine(reader, as_activation(reader, b), a, kind)
     shape, b = torch.broadcast_shapes(a.shape, b.shape), unexpanded(b)
-    axes = joined_axes([a.axes, b.axes])
-    a = read(reader, a)
-    rank = len(shape)
-    name, slot = b.slot
-    slot, ids = with_rank(slot, rank), with_rank(a.ids, rank)
-    wide = [d for d in range(rank) if slot.shape[d] > 1]
-    if not wide:
-        return scalar(reader, (name, slot.reshape(1)), shape, axes, ids)
-    moving = [d for d in wide if ids.shape[d] > 1] or [d for d in wide if not is_pinned(axes[d])] or wide[-1:]
-    if len(moving) > 1 and any(is_pinned(axes[d]) for d in moving):
-        moving = [d for d in moving if not is_pinned(axes[d])][-1:] or moving[-1:]
-        ids = merge_positions(reader, ids, axes, moving[0])
+    axes, a = joined_axes([a.axes, b.axes]), read(reader, a)
+    ids, elements = with_rank(a.ids, len(shape)), with_rank(b.elements, len(shape))
+    meeting = Meeting(shape, axes, ids, elements, b.name, a.source)
+    if not meeting.wide:
+        return scalar(reader, meeting)
+    moving = meeting.neurons_along(reader)
     if kind == "product":
-        return scale(reader, name, slot, shape, axes, ids, moving)
-    axis = moving[-1]
-    if ids.shape[axis] == 1:
-        return join(reader, Value(shape, axes, ids, source=a.source), as_activation(reader, b), shape, axes, kind)
-    ids = merge_positions(reader, ids, axes, axis)
+        return scale(reader, meeting, moving)
+    if meeting.ids.shape[moving[-1]] == 1:
+        neurons = Activation(tuple(shape), axes, a.source, ids=meeting.ids)
+        return join(reader, neurons, as_activation(reader, b), shape, axes, kind)
+    return shift(reader, meeting, moving[-1])
+
+
+def shift(reader: Reader, meeting: Meeting, axis: int) -> Value:
+    """Every neuron plus a parameter of its own: its bias, if it is still nothing but a sum."""
+    ids = merge_positions(reader, meeting.ids, meeting.axes, axis)
     rows = ids.movedim(axis, -1).reshape(-1, ids.shape[axis])
     if len(rows) > 1 or bool((rows == NO_NEURON).any()):
-        raise reader.fail(f"parameter {name} is added to several sets of neurons at once")
+        raise reader.fail(f"parameter {meeting.name} is added to several sets of neurons at once")
     targets = rows[0]
-    if not reader.bare(targets, a.source):
+    if not reader.bare(targets, meeting.source):
         targets = successors(reader, targets, "residual")
-    place_on_positions(reader, Value(tuple(slot.shape), axes, slot=(name, slot)), axis, targets)
-    return reader.activation(shape, axes, targets.view([len(targets) if d == axis else 1 for d in range(rank)]))
+    elements = meeting.elements
+    place_on_positions(reader, Parameter(tuple(elements.shape), meeting.axes, meeting.name, elements), axis, targets)
+    row = targets.view([len(targets) if d == axis else 1 for d in range(meeting.rank)])
+    return reader.activation(meeting.shape, meeting.axes, row)
 
 
-def scalar(reader: Reader, slot: tuple[str, Tensor], shape: Sequence[int], axes: Sequence[Space], ids: Tensor) -> Value:
+def scalar(reader: Reader, meeting: Meeting) -> Value:
     """A parameter of one number: the bias of a neuron of its own, with edges to all that it acts on."""
-    known = torch.unique(ids[ids != NO_NEURON])
+    known = torch.unique(meeting.ids[meeting.ids != NO_NEURON])
     node = reader.new_neurons(1, "input")
-    reader.give_bias(node, slot)
+    reader.give_bias(node, (meeting.name, meeting.elements.reshape(1)))
     if not len(known):
-        return reader.activation(shape, axes, node.view([1] * len(shape)))
+        return reader.activation(meeting.shape, meeting.axes, node.view([1] * meeting.rank))
     fresh = successors(reader, known, "product")
     reader.connect(node, fresh, "product")
-    return reader.activation(shape, axes, replaced(ids, known, fresh))
+    return reader.activation(meeting.shape, meeting.axes, replaced(meeting.ids, known, fresh))
 
 
-def scale(
-    reader: Reader, name: str, slot: Tensor, shape: Sequence[int], axes: list[Space], ids: Tensor, moving: list[int]
-) -> Value:
+def scale(reader: Reader, meeting: Meeting, moving: list[int]) -> Value:
     """Every neuron times a parameter of its own: a diagonal block to a new group; positions are features."""
-    wide = [d for d in range(len(shape)) if slot.shape[d] > 1]
-    still = [d for d in wide if d not in moving]
-    full = ids.expand([max(n, slot.shape[d]) if d in moving else n for d, n in enumerate(ids.shape)])
-    others = [d for d in range(len(shape)) if d not in moving]
-    for d in others:
-        if full.shape[d] > 1 and is_pinned(axes[d]):
-            full = merge_positions(reader, full, axes, moving[-1])
-            break
-    rows = full.permute([*others, *moving]).reshape(-1, math.prod(full.shape[d] for d in moving))
-    features = slot.permute([*moving, *still, *(d for d in range(len(shape)) if d not in wide)])
-    features = features.reshape(rows.shape[1], 1, 1, -1)
+    ids, elements, axes = meeting.ids, meeting.elements, meeting.axes
+    others = [d for d in range(meeting.rank) if d not in moving]
+    full = ids.expand([max(n, elements.shape[d]) if d in moving else n for d, n in enumerate(ids.shape)])
+    if any(full.shape[d] > 1 and is_pinned(axes[d]) for d in others):
+        full = merge_positions(reader, full, axes, moving[-1])
+    table = full.permute([*others, *moving])
+    rows = table.reshape(-1, math.prod(full.shape[d] for d in moving))
+    features = elements.permute([*moving, *others]).reshape(rows.shape[1], 1, 1, -1)
     new = []
     for row in rows:
         row = with_inputs(reader, row)
         new.append(reader.new_neurons(len(row)))
-        reader.connect(row, new[-1], "normalization", (name, features), groups=len(row))
-    sizes = [full.shape[d] for d in others] + [full.shape[d] for d in moving]
-    back = torch.stack(new).view(sizes).permute(_inverse([*others, *moving]))
-    return reader.activation(shape, axes, back)
+        reader.connect(row, new[-1], "normalization", (meeting.name, features), groups=len(row))
+    back = torch.stack(new).view(table.shape).permute(_inverse([*others, *moving]))
+    return reader.activation(meeting.shape, axes, back)
 
 
 def _inverse(order: Sequence[int]) -> list[int]:
     return sorted(range(len(order)), key=order.__getitem__)
 
 
-def join(reader: Reader, a: Value, b: Value, shape: Sequence[int], axes: Sequence[Space], kind: str) -> Value:
+def join(reader: Reader, a: Activation, b: Activation, shape: Sequence[int], axes: Sequence[Space], kind: str) -> Value:
     """An element-wise operation of two activations.
 
     Neurons that meet no neuron stay, and so do those that meet themselves at other positions: a statistic of theirs, or
@@ -190,7 +233,7 @@ def join(reader: Reader, a: Value, b: Value, shape: Sequence[int], axes: Sequenc
     return reader.activation(shape, axes, meet(reader, a, b, pairs, kind)[place].view(first.shape))
 
 
-def meet(reader: Reader, a: Value, b: Value, pairs: Tensor, kind: str) -> Tensor:
+def meet(reader: Reader, a: Activation, b: Activation, pairs: Tensor, kind: str) -> Tensor:
     """The neurons of pairs of neurons (pairs, 2): new ones, unless they are sums that take in the others' edges.
 
     In a sum of two different neurons the later joins the edges of the earlier to its own, if nothing else will read it
@@ -201,7 +244,7 @@ def meet(reader: Reader, a: Value, b: Value, pairs: Tensor, kind: str) -> Tensor
     left, right = pairs[meeting].T
     if kind == "residual":
         for target, source, value in ((right, left, b), (left, right, a)):
-            later = len(target) and int(target.min()) > int(reader.originals(source).max())
+            later = len(target) and int(target.min()) > int(reader.groups.originals(source).max())
             if later and len(torch.unique(target)) == len(target) and reader.bare(target, value.source):
                 reader.connect(source, target, kind, groups=len(target))
                 new[meeting] = target
@@ -228,14 +271,14 @@ def pointwise(reader: Reader, value: Value, *arguments: Any, **keywords: Any) ->
 @rule("softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax", "rand_like")
 def unchanged(reader: Reader, value: Value, *arguments: Any, **keywords: Any) -> Value:
     """What is no function of one number alone changes nothing that the graph shows."""
-    return value if value.slot is not None else reader.same(value)
+    return reader.same(value) if isinstance(value, Computed) else value
 
 
 @rule("ones_like", "zeros_like", "full_like", "empty_like")
 def filled(reader: Reader, value: Value, *arguments: Any, **keywords: Any) -> Value:
     example = reader.node.meta["val"]
     numbers = reader.node.target(torch.empty(value.shape, dtype=example.dtype), *arguments)
-    return Value(value.shape, constant_axes(numbers), constant=numbers)
+    return Constant.of(numbers)
 
 
 @rule("cumsum", "sort", "cumprod")
@@ -254,6 +297,5 @@ def prelu(reader: Reader, value: Value, weight: Value) -> Value:
     axes = [uniform(1)] * len(shape)
     axes[axis] = weight.axes[0]
     value = reader.applied(value, Apply(reader.node.target, (value.function, Named("slope"))))
-    return combine_parameter(
-        reader, value, Value(tuple(shape), axes, slot=(weight.slot[0], weight.slot[1].view(shape))), "product"
-    )
+    slopes = Parameter(tuple(shape), axes, weight.name, weight.elements.view(shape))
+    return with_parameter(reader, value, slopes, "product")

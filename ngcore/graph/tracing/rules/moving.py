@@ -24,22 +24,25 @@ from ngcore.graph.symmetry.spaces import (
     uniform,
     unify,
 )
-from ngcore.graph.tracing.reader import NO_NEURON, Reader, Value, rule
+from ngcore.graph.tracing.reader import Reader, rule
 from ngcore.graph.tracing.rules.operands import as_activation, joined_axes, known_ids
+from ngcore.graph.tracing.values import NO_NEURON, Constant, Parameter, Unread, Value
 
 aten = torch.ops.aten
 
 
 def moved(reader: Reader, value: Value, axes: Sequence[Space], move: Callable[[Tensor], Tensor]) -> Value:
     """The value after an operator that moves elements, run on its ids or on its place in a parameter."""
-    if value.slot is not None:
-        view = move(value.slot[1])
-        return Value(tuple(view.shape), list(axes), slot=(value.slot[0], view))
-    if value.constant is not None:
-        constant = move(value.constant)
-        return Value(tuple(constant.shape), list(axes), constant=constant)
-    if value.ids is None:  # an input's neurons are made when it is read
-        return reader.activation(move(torch.empty(value.shape, device="meta")).shape, axes, None, value.function)
+    match value:
+        case Parameter():
+            elements = move(value.elements)
+            return Parameter(tuple(elements.shape), list(axes), value.name, elements)
+        case Constant():
+            numbers = move(value.numbers)
+            return Constant(tuple(numbers.shape), list(axes), numbers)
+        case Unread():  # an input's neurons are made when it is read
+            shape = move(torch.empty(value.shape, device="meta")).shape
+            return reader.activation(shape, axes, None, value.function)
     ids = move(value.ids.expand(value.shape))
     return reader.activation(ids.shape, axes, ids, value.function)
 
@@ -91,7 +94,7 @@ def transpose(reader: Reader, value: Value, *arguments: Any) -> Value:
     )
     order = list(order.stride())
     result = moved(reader, value, [value.axes[i] for i in order], lambda x: target(x, *arguments))
-    if value.kind == "activation" and value.ids is None:
+    if isinstance(value, Unread):
         result.parent = value, order
     return result
 
@@ -239,14 +242,13 @@ def repeat_interleave(reader: Reader, value: Value, count: int, dim: int, **keyw
 )  # fmt: skip
 def rearrange(reader: Reader, value: Value, *arguments: Any, **keywords: Any) -> Value:
     """Movement of which no structure is kept: axes that change are given up."""
-    if value.slot is not None:
-        value = as_activation(reader, value)
+    value = as_activation(reader, value)
 
     def numbers(x: Any) -> Any:
         if isinstance(x, Value):
-            if x.constant is None:
+            if not isinstance(x, Constant):
                 raise reader.fail("indices that depend on the network's input are not supported")
-            return x.constant
+            return x.numbers
         return [numbers(y) for y in x] if isinstance(x, (list, tuple)) else x
 
     arguments = [numbers(x) for x in arguments]

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ngcore.graph.symmetry.spaces import Space, is_pinned, pin, resolve, uniform, unify
 from ngcore.graph.tracing.expressions import X
-from ngcore.graph.tracing.reader import NO_NEURON, Reader, Value
+from ngcore.graph.tracing.reader import Reader
+from ngcore.graph.tracing.values import NO_NEURON, Activation, Computed, Constant, Parameter, Value, none
 
 
 def joined_axes(several: Sequence[Sequence[Space]]) -> list[Space]:
@@ -30,19 +31,18 @@ def joined_axes(several: Sequence[Sequence[Space]]) -> list[Space]:
 
 def known_ids(reader: Reader, value: Value, axis: int) -> Tensor:
     """Ids of any value; constants have none, an input's neurons lie along `axis`."""
-    if value.constant is not None:
-        return torch.full([1] * len(value.shape), NO_NEURON)
-    return reader.neurons(value, axis)
+    return none(len(value.shape)) if isinstance(value, Constant) else reader.neurons(value, axis)
 
 
-def read_input(reader: Reader, value: Value) -> Value:
+def read_input(reader: Reader, value: Computed) -> Activation:
     """An input that meets another activation: its neurons lie along its last axis, or along an image's channels."""
-    if value.ids is None:
-        return replace(value, ids=reader.sums(value, 1 if len(value.shape) > 3 else -1))
-    return value
+    if isinstance(value, Activation):
+        return value
+    ids = reader.sums(value, 1 if len(value.shape) > 3 else -1)
+    return Activation(value.shape, value.axes, value.source, value.function, value.region, ids=ids)
 
 
-def read(reader: Reader, value: Value) -> Value:
+def read(reader: Reader, value: Computed) -> Activation:
     """An activation as neurons that hold its numbers."""
     value = read_input(reader, value)
     return replace(value, ids=reader.neurons(value, -1), function=X)
@@ -51,7 +51,7 @@ def read(reader: Reader, value: Value) -> Value:
 def as_activation(reader: Reader, value: Value) -> Value:
     """A parameter that is used like an activation, e.g. a class token: neurons along its last axis, one edge each from
     a node per position."""
-    if value.slot is None:
+    if not isinstance(value, Parameter):
         return value
     shape, value = value.shape, unexpanded(value)
     rank = len(shape)
@@ -72,28 +72,27 @@ def with_inputs(reader: Reader, row: Tensor) -> Tensor:
     return row.masked_scatter(missing, reader.new_neurons(int(missing.sum()), "input"))
 
 
-def unexpanded(value: Value) -> Value:
+def unexpanded(value: Parameter) -> Parameter:
     """A parameter without the axes along which it is only repeated."""
-    slot, axes = value.slot[1], list(value.axes)
-    for d in range(slot.dim()):
-        if slot.shape[d] > 1 and slot.stride(d) == 0:
-            slot, axes[d] = slot.narrow(d, 0, 1), uniform(1)
-    return Value(tuple(slot.shape), axes, slot=(value.slot[0], slot))
+    elements, axes = value.elements, list(value.axes)
+    for d in range(elements.dim()):
+        if elements.shape[d] > 1 and elements.stride(d) == 0:
+            elements, axes[d] = elements.narrow(d, 0, 1), uniform(1)
+    return Parameter(tuple(elements.shape), axes, value.name, elements)
 
 
-def place_on_positions(reader: Reader, value: Value, axis: int, targets: Tensor) -> None:
+def place_on_positions(reader: Reader, value: Parameter, axis: int, targets: Tensor) -> None:
     """A parameter that is added at every position: a bias if it is the same everywhere, else edges from a node each."""
-    name, slot = value.slot
-    by_position = slot.movedim(axis, 0).reshape(len(targets), -1)
+    by_position = value.elements.movedim(axis, 0).reshape(len(targets), -1)
     positions = by_position.shape[1]
-    group = reader.groups[reader.group_of(int(targets[0]))]
+    group = reader.groups.of(int(targets[0]))
     if positions == 1 and group.bias is None and group.size == len(targets):
-        reader.give_bias(targets, (name, by_position.squeeze(1)))
+        reader.give_bias(targets, (value.name, by_position.squeeze(1)))
         return
     key = ("positions", positions, reader.node)
     if key not in reader.vocabularies:
         reader.vocabularies[key] = reader.new_neurons(positions, "input")
-    reader.connect(reader.vocabularies[key], targets, "embedding", (name, by_position.unsqueeze(0)))
+    reader.connect(reader.vocabularies[key], targets, "embedding", (value.name, by_position.unsqueeze(0)))
 
 
 def successors(reader: Reader, neurons: Tensor, kind: str) -> Tensor:

@@ -22,8 +22,8 @@ from ngcore.graph.symmetry.spaces import (
     unify,
 )
 from ngcore.graph.tracing.expressions import Named
-from ngcore.graph.tracing.reader import NO_NEURON, Reader, Value, rule
-from ngcore.graph.tracing.rules.elementwise import combine, combine_parameter
+from ngcore.graph.tracing.reader import Reader, rule
+from ngcore.graph.tracing.rules.elementwise import combine, with_parameter
 from ngcore.graph.tracing.rules.moving import insert_axis, moved, repeat_interleave
 from ngcore.graph.tracing.rules.operands import (
     as_activation,
@@ -33,6 +33,7 @@ from ngcore.graph.tracing.rules.operands import (
     read_input,
     with_inputs,
 )
+from ngcore.graph.tracing.values import NO_NEURON, Parameter, Value
 
 
 def with_own_nodes(reader: Reader, row: Tensor) -> Tensor:
@@ -71,12 +72,11 @@ def dense(
     if table.shape[-1] == 1 and x.shape[axis] > 1:
         table = table.expand(*table.shape[:-1], x.shape[axis])
     rows = table.reshape(-1, x.shape[axis])
-    name, slot = weight.slot
     targets = []
     for row in rows:
         row = with_own_nodes(reader, row)
-        target = reader.new_neurons(slot.shape[0])
-        reader.connect(row, target, kind, (name, slot.unsqueeze(0)), kernel=kernel)
+        target = reader.new_neurons(weight.shape[0])
+        reader.connect(row, target, kind, (weight.name, weight.elements.unsqueeze(0)), kernel=kernel)
         targets.append(target)
     return torch.stack(targets), torch.tensor(table.shape[:-1])
 
@@ -85,16 +85,15 @@ def with_bias(reader: Reader, rows: Tensor, bias: Value | None) -> None:
     """Give every row of new neurons the same bias."""
     if bias is not None:
         for row in rows:
-            reader.give_bias(row, (bias.slot[0], bias.slot[1].flatten()))
+            reader.give_bias(row, (bias.name, bias.elements.flatten()))
 
 
 @rule("linear")
 def linear(reader: Reader, x: Value, weight: Value, bias: Value | None = None) -> Value:
-    if weight.kind != "parameter":
+    if not isinstance(weight, Parameter):
         product = matmul(reader, x, transpose_last(reader, weight))
         return product if bias is None else combine(reader, product, bias, "residual")
-    if x.kind == "parameter":
-        x = as_activation(reader, x)
+    x = as_activation(reader, x)
     unify(x.axes[-1], weight.axes[1])
     if bias is not None:
         unify(weight.axes[0], bias.axes[0])
@@ -111,7 +110,7 @@ def transpose_last(reader: Reader, value: Value) -> Value:
 
 @rule("addmm")
 def addmm(reader: Reader, bias: Value, x: Value, weight: Value, **keywords: Any) -> Value:
-    if weight.kind == "parameter" and bias.kind == "parameter" and len(bias.shape) == 1:
+    if isinstance(weight, Parameter) and isinstance(bias, Parameter) and len(bias.shape) == 1:
         return linear(reader, x, transpose_last(reader, weight), bias)
     return combine(reader, matmul(reader, x, weight), bias, "residual")
 
@@ -127,9 +126,9 @@ def matmul(reader: Reader, a: Value, b: Value) -> Value:
     if len(b.shape) == 1:
         result = matmul(reader, a, insert_axis(reader, b, 1))
         return moved(reader, result, result.axes[:-1], lambda x: x.squeeze(-1))
-    if b.kind == "parameter" and len(b.shape) == 2:
+    if isinstance(b, Parameter) and len(b.shape) == 2:
         return linear(reader, a, transpose_last(reader, b))
-    if a.kind == "parameter" and len(a.shape) == 2:
+    if isinstance(a, Parameter) and len(a.shape) == 2:
         return transpose_last(reader, linear(reader, transpose_last(reader, b), a))
     a, b = as_activation(reader, a), as_activation(reader, b)
     if len(a.shape) == 1:
@@ -198,12 +197,13 @@ def convolution(reader: Reader, x: Value, weight: Value, bias: Value | None = No
     transposed, groups = form_of_convolution(reader.operator.removeprefix("aten."), arguments)
     channel = len(x.shape) + 1 - len(weight.shape)
     shape = tuple(reader.node.meta["val"].shape)
-    slot = weight.slot[1].flatten(2)
+    slot = weight.elements.flatten(2)
     pin(*weight.axes[2:], *x.axes[channel + 1 :])
     if groups == 1:
         outer, inner = (weight.axes[1], weight.axes[0]) if transposed else weight.axes[:2]
         unify(x.axes[channel], inner)
-        own = Value(tuple(slot.shape), weight.axes, slot=(weight.slot[0], slot.transpose(0, 1) if transposed else slot))
+        own = slot.transpose(0, 1) if transposed else slot
+        own = Parameter(tuple(own.shape), weight.axes, weight.name, own)
         if bias is not None:
             unify(outer, bias.axes[0])
         targets, rows = dense(reader, x, channel, own, "convolution", tuple(weight.shape[2:]))
@@ -259,7 +259,7 @@ def grouped(
     features = slot.unflatten(0, (groups, first // groups))
     if transposed:
         features = features.transpose(1, 2)
-    reader.connect(row[0], fresh, "convolution", (weight.slot[0], features), groups, tuple(weight.shape[2:]))
+    reader.connect(row[0], fresh, "convolution", (weight.name, features), groups, tuple(weight.shape[2:]))
     return outer, fresh.view([targets if d == channel else 1 for d in range(len(x.shape))])
 
 
@@ -268,7 +268,7 @@ def embedding(reader: Reader, weight: Value, indices: Value, *arguments: Any, **
     """Edges from a node per entry of the vocabulary to the features."""
     pin(weight.axes[0])
     name, slot = weight.slot
-    key = ("vocabulary", name, reader.view(name, slot))
+    key = ("vocabulary", name, reader.parameters.view(name, slot))
     if key not in reader.vocabularies:
         source = reader.new_neurons(weight.shape[0], "input")
         target = reader.new_neurons(weight.shape[1])
@@ -288,17 +288,17 @@ def normalize(reader: Reader, x: Value, dims: Sequence[int], weight: Value | Non
         axes = [uniform(1)] * rank
         for d, axis in zip(dims, value.axes, strict=True):
             axes[d] = axis
-        return Value(tuple(shape), axes, slot=(value.slot[0], value.slot[1].view(shape)))
+        return Parameter(tuple(shape), axes, value.name, value.elements.view(shape))
 
     result = x = read_input(reader, x)
     if weight is not None:
-        result = combine_parameter(reader, x, laid(weight), "product")
+        result = with_parameter(reader, x, laid(weight), "product")
         if bias is not None:
             joined_axes([result.axes, laid(bias).axes])
             others = [d for d in range(rank) if d not in dims]
-            with_bias(reader, result.ids.permute([*others, *dims]).reshape(-1, bias.slot[1].numel()), bias)
+            with_bias(reader, result.ids.permute([*others, *dims]).reshape(-1, bias.elements.numel()), bias)
     elif bias is not None:
-        result = combine_parameter(reader, x, laid(bias), "residual")
+        result = with_parameter(reader, x, laid(bias), "residual")
     return replace(result, source=reader.node, region=None)
 
 
@@ -324,7 +324,7 @@ def batch_norm(
     """Running statistics are no edges, but they move with their neurons."""
     for statistics in (mean, var):
         if statistics is not None and isinstance(statistics.formula, Named):
-            known = reader.axes.setdefault(statistics.formula.name, (Space(statistics.shape[0]),))
+            known = reader.parameters.axes.setdefault(statistics.formula.name, (Space(statistics.shape[0]),))
             unify(known[0], x.axes[1])
     result = normalize(reader, x, [1], weight, bias)
     return [result] * 3 if "native" in reader.operator else result

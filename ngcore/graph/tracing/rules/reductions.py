@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ngcore.graph.symmetry.spaces import Space, is_pinned, pin, pinned_leaf, uniform
-from ngcore.graph.tracing.reader import NO_NEURON, Reader, Value, rule
+from ngcore.graph.tracing.reader import Reader, rule
 from ngcore.graph.tracing.rules.operands import merge_positions, read
+from ngcore.graph.tracing.values import Activation, Parameter, Value, none
 
 
 @rule(
@@ -19,16 +19,17 @@ from ngcore.graph.tracing.rules.operands import merge_positions, read
 )  # fmt: skip
 def reduce(reader: Reader, value: Value, *arguments: Any, **keywords: Any) -> Any:
     """A reduction over positions keeps the neurons; one over neurons is a statistic, no neuron."""
-    if value.slot is not None:
-        raise reader.fail(f"parameter {value.slot[0]} is reduced before it is used")
+    if isinstance(value, Parameter):
+        raise reader.fail(f"parameter {value.name} is reduced before it is used")
     dims = reduced_dims(value, arguments, keywords)
     example = reader.node.meta["val"]
     several = isinstance(example, (tuple, list))
     if several or "arg" in reader.operator:
         pin(*(value.axes[d] for d in dims))  # places along the axis are among the results
-    if value.ids is not None and any(value.ids.shape[d] > 1 and is_pinned(value.axes[d]) for d in dims):
+    known = isinstance(value, Activation)
+    if known and any(value.ids.shape[d] > 1 and is_pinned(value.axes[d]) for d in dims):
         value = read(reader, value)  # other neurons at other positions are joined
-    ids = None if value.ids is None else reduced_ids(reader, value.ids, value.axes, dims)
+    ids = reduced_ids(reader, value.ids, value.axes, dims) if known else None
     axes = [uniform(1) if d in dims else axis for d, axis in enumerate(value.axes)]
     shape = (example[0] if several else example).shape
     if len(shape) < len(value.shape):
@@ -54,7 +55,7 @@ def reduced_ids(reader: Reader, ids: Tensor, axes: Sequence[Space], dims: Sequen
             rest = [k for k in range(ids.dim()) if k not in dims and ids.shape[k] > 1]
             ids = merge_positions(reader, ids, axes, rest[-1]) if rest else ids
         if ids.shape[d] > 1:
-            ids = torch.full([1] * ids.dim(), NO_NEURON)
+            ids = none(ids.dim())
     return ids
 
 
