@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ngcore.graph import NeuralGraph, Wiring
-from ngcore.graph.batch import GraphBatch, Stack
+from ngcore.graph.batch import GraphBatch, Stack, edge_slot
 from ngcore.graph.collection import Collection
 from ngcore.graph.forward import activations as run
 from ngcore.graph.frame import Frame
@@ -56,6 +56,7 @@ class Standardize(nn.Module):
         for kind in ("node", "edge"):
             self.register_buffer(f"{kind}_mean", torch.zeros(frame.slots))
             self.register_buffer(f"{kind}_std", torch.ones(frame.slots))
+        self.register_load_state_dict_pre_hook(_with_row_for_inputs)
         self.register_load_state_dict_post_hook(lambda module, _: setattr(module, "is_fitted", True))
 
     @torch.no_grad()
@@ -63,10 +64,12 @@ class Standardize(nn.Module):
         """Take the statistics of a training set, the networks `rows` or all.
 
         Raises:
-            ValueError: a parameter is NaN or infinite, the error names it and the network.
+            ValueError: a parameter is NaN or infinite, the error names it and the network; a wiring does not fit into
+                the frame.
         """
         sums = {kind: torch.zeros(3, self.frame.slots, dtype=torch.float64) for kind in ("node", "edge")}
         for numbers, graph in graphs_of(networks, rows):
+            self.frame.check(graph.wiring)
             check_finite(graph, numbers)
             for block, edges in zip(graph.wiring.blocks, graph.edges, strict=True):
                 if block.weight is not None:
@@ -92,6 +95,15 @@ class Standardize(nn.Module):
             elif slot > 1:
                 mean[slot], std[slot] = mean[slot - 1], std[slot - 1]
 
+    def graph(self, graph: NeuralGraph) -> NeuralGraph:
+        """A graph with its numbers standardized."""
+        groups = graph.wiring.groups
+        node_slots = [0 if group.bias is None else self.frame.slot(group) for group in groups]
+        edge_slots = [edge_slot(graph.wiring, block, self.frame) for block in graph.wiring.blocks]
+        nodes = ((x - self.node_mean[s]) / self.node_std[s] for x, s in zip(graph.nodes, node_slots, strict=True))
+        edges = ((x - self.edge_mean[s]) / self.edge_std[s] for x, s in zip(graph.edges, edge_slots, strict=True))
+        return NeuralGraph(graph.wiring, tuple(nodes), tuple(edges))
+
     def nodes(self, batch: GraphBatch) -> Float[Tensor, "copies nodes 1"]:
         """Standardized biases."""
         slot = batch.nodes.slot
@@ -104,6 +116,14 @@ class Standardize(nn.Module):
         if stack.present is not None:
             values = torch.where(stack.present[:, None, None], values, 0)
         return values.flatten(0, 1)
+
+
+def _with_row_for_inputs(module: Standardize, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Earlier statistics of a single wiring's weights had no row for its inputs, to which none lead."""
+    for statistic, fill in (("edge_mean", 0.0), ("edge_std", 1.0)):
+        known = state_dict.get(f"{prefix}{statistic}")
+        if known is not None and len(known) == module.frame.slots - 1:
+            state_dict[f"{prefix}{statistic}"] = nn.functional.pad(known, (1, 0), value=fill)
 
 
 def graphs_of(

@@ -69,17 +69,8 @@ class PerParameterHead(nn.Module):
         return found[0] if batch.is_static else found
 
 
-def rename_old(state_dict: dict[str, Tensor], prefix: str, frame: Frame) -> None:
-    """Give weights that were stored under earlier names their present ones, in place.
-
-    Heads per parameter were `node_head` and `edge_head`, and statistics of a single wiring's weights had no row for its
-    inputs.
-    """
+def rename_old(state_dict: dict[str, Tensor], prefix: str) -> None:
+    """Give heads per parameter that were stored under earlier names their present ones, in place."""
     for old, new in (("node_head.", "head.node."), ("edge_head.", "head.edge.")):
         for name in [name for name in state_dict if name.startswith(prefix + old)]:
             state_dict[prefix + new + name.removeprefix(prefix + old)] = state_dict.pop(name)
-    for statistic, fill in (("edge_mean", 0.0), ("edge_std", 1.0)):
-        name = f"{prefix}encoder.standardize.{statistic}"
-        if name in state_dict and len(state_dict[name]) == frame.slots - 1:
-            known = state_dict[name]
-            state_dict[name] = nn.functional.pad(known, (1, 0), value=fill)

@@ -451,5 +451,5 @@ def _nothing(wiring: Wiring) -> dict[str, Tensor]:
 
 def _load_old(module: NGGNN, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Weights stored by earlier versions: δ was no part of them where the wiring tells it."""
-    rename_old(state_dict, prefix, module.frame)
+    rename_old(state_dict, prefix)
     state_dict.setdefault(f"{prefix}mean_log_degree", module.mean_log_degree)

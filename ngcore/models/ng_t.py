@@ -347,4 +347,4 @@ class NGT(nn.Module):
 
 
 def _load_old(module: NGT, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    rename_old(state_dict, prefix, module.frame)
+    rename_old(state_dict, prefix)

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ngcore.graph import NeuralGraph, Wiring
+from ngcore.graph.frame import Frame
 from ngcore.models.encoder import Standardize
 
 
@@ -19,10 +20,10 @@ class ParameterReader(nn.Module):
     def __init__(self, wiring: Wiring) -> None:
         super().__init__()
         self.wiring = wiring
-        self.normalization = Standardize(wiring)
+        self.normalization = Standardize(Frame.of([wiring]))
 
     def fit_normalization(self, graph: NeuralGraph) -> None:
-        """Store the statistics of a training set: one mean and one std per weight matrix and per bias vector.
+        """Store the statistics of a training set: one mean and one deviation per layer, weights and biases apart.
 
         Until then parameters are read as they are.
 
@@ -43,7 +44,12 @@ class ParameterReader(nn.Module):
 
     def standardized_graph(self, graph: NeuralGraph) -> NeuralGraph:
         """The same, where they lie on the graph."""
-        return self.normalization(graph)
+        if graph.wiring is not self.wiring and graph.wiring != self.wiring:
+            own, found = ([group.size for group in wiring.groups] for wiring in (self.wiring, graph.wiring))
+            raise ValueError(
+                f"this model was built for layers of {own} neurons, the graph is of {found} or differs in kind"
+            )
+        return self.normalization.graph(graph)
 
 
 def perceptron(sizes: Sequence[int], dropout: float) -> nn.Sequential:

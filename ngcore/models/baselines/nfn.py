@@ -88,7 +88,7 @@ class NFStack(ParameterReader):
         """What the last hidden layer returns, per support (batch, *sizes of the support, channels * multiplicity)."""
         features = self.space.features(self.standardized_graph(graph))
         if self.frequencies is not None:
-            features = [fourier_features(x.unsqueeze(-1), self.frequencies).flatten(-2) for x in features]
+            features = [fourier_features(x.unsqueeze(-1), self.frequencies.unsqueeze(0)).flatten(-2) for x in features]
         for number, layer in enumerate(self.layers):
             features = layer(features)
             if number == 0 and self.encoding is not None:
