@@ -32,7 +32,7 @@ def bias_nodes(wiring: Wiring) -> Wiring:
     Bias nodes are hidden groups of one node, behind the network's own groups. Steps of a traced wiring are left out:
     they speak of the old graph.
     """
-    return _with_nodes(wiring, {})
+    return _with_nodes(wiring, {}, scale="normalization")
 
 
 def parameter_wiring(wiring: Wiring) -> Wiring:
@@ -54,7 +54,7 @@ def parameter_wiring(wiring: Wiring) -> Wiring:
     - A flattening has a virtual neuron per channel and location, with an edge of the value 1 from its channel.
     - A class token or a positional embedding is edges of kind "embedding" from a node per position.
     """
-    return _with_nodes(wiring, merged_groups(wiring))
+    return _with_nodes(wiring, merged_groups(wiring), scale="gamma")
 
 
 def merged_groups(wiring: Wiring) -> dict[int, list[Block]]:
@@ -103,10 +103,13 @@ def _is_one_to_one(wiring: Wiring, blocks: Sequence[Block], size: int) -> bool:
     return all(len(ends) == len(torch.unique(ends)) == size for ends in pairs)
 
 
-def _with_nodes(wiring: Wiring, merged: Mapping[int, list[Block]]) -> Wiring:
-    """The graph in which `merged` groups are those that they scale, and biases and scales come from nodes."""
+def _with_nodes(wiring: Wiring, merged: Mapping[int, list[Block]], scale: str) -> Wiring:
+    """The graph in which `merged` groups are those that they scale, and biases and scales come from nodes; other scales
+    are edges of the kind `scale`."""
     homes = _Homes.of(wiring, merged)
     groups = homes.kept_groups()
+    gammas = {g: len(groups) + i for i, g in enumerate(merged)}  # one gamma node for all of a norm's blocks
+    groups += [homes.node(g, "gamma") for g in merged]
     before: dict[int, list[Block]] = {}
     for g, group in enumerate(wiring.groups):
         if group.bias is not None:
@@ -120,16 +123,13 @@ def _with_nodes(wiring: Wiring, merged: Mapping[int, list[Block]]) -> Wiring:
     for block in wiring.blocks:  # a layer's bias before its weights: blocks stand in the order of computation
         blocks += before.pop(block.target, [])
         if block.target in merged and block.kind == "normalization":
-            if block is merged[block.target][0]:  # one gamma node for all of a norm's blocks
-                groups.append(homes.node(block.target, "gamma"))
-                gamma = len(groups) - 1
             size, stride = block.view.size, block.view.stride
             view = View((1, size[0], 1, *size[3:]), (0, stride[0], 0, *stride[3:]), block.view.offset)
-            own = replace(block, source=gamma, kind="gamma", view=view, groups=1)
+            own = replace(block, source=gammas[block.target], kind="gamma", view=view, groups=1)
             blocks += homes.moved(own, None, homes.nodes(block.target, block.target_nodes))
         else:
             ends = homes.nodes(block.source, block.source_nodes), homes.nodes(block.target, block.target_nodes)
-            kind = "gamma" if block.kind == "normalization" and merged else block.kind
+            kind = scale if block.kind == "normalization" else block.kind
             blocks += homes.moved(replace(block, kind=kind), *ends)
     blocks += [block for left in before.values() for block in left]
     return replace(wiring, groups=tuple(groups), blocks=tuple(blocks), steps=())

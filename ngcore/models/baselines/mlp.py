@@ -30,6 +30,7 @@ class ParameterReader(nn.Module):
         Raises:
             ValueError: a parameter holds NaN or infinity, or the graph is of another wiring.
         """
+        self._check(graph)
         self.normalization.fit(graph)
 
     def standardized(self, graph: NeuralGraph) -> dict[str, Tensor]:
@@ -44,12 +45,15 @@ class ParameterReader(nn.Module):
 
     def standardized_graph(self, graph: NeuralGraph) -> NeuralGraph:
         """The same, where they lie on the graph."""
+        self._check(graph)
+        return self.normalization.graph(graph)
+
+    def _check(self, graph: NeuralGraph) -> None:
         if graph.wiring is not self.wiring and graph.wiring != self.wiring:
             own, found = ([group.size for group in wiring.groups] for wiring in (self.wiring, graph.wiring))
             raise ValueError(
                 f"this model was built for layers of {own} neurons, the graph is of {found} or differs in kind"
             )
-        return self.normalization.graph(graph)
 
 
 def perceptron(sizes: Sequence[int], dropout: float) -> nn.Sequential:
