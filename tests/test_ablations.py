@@ -17,7 +17,7 @@ from ngcore.data.zoos.cnn import CNN, Architecture
 from ngcore.graph import mlp, trace
 from ngcore.graph.collection import Collection
 from ngcore.graph.dialects import bias_nodes
-from ngcore.graph.simulate import activations
+from ngcore.graph.forward import activations
 from ngcore.models import NGGNN, NGT
 from ngcore.models.encoder import ProbeFeatures, Standardize, grid
 from ngcore.models.ng_gnn import DIRECTIONS, EquivariantNGGNN

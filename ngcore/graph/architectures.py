@@ -64,38 +64,13 @@ def cnn(
         ValueError: the lengths disagree, a convolution would add one that is not before the last, `pool` is below 1 or
             `flatten` unknown.
     """
-    layers = len(channels) - 1
-    if layers < 1 or {len(kernel_size), len(activation), len(residual)} != {layers}:
-        raise ValueError(
-            f"{len(channels)} numbers of channels need {layers} kernel sizes, activations and residuals, got "
-            f"{len(kernel_size)}, {len(activation)} and {len(residual)}"
-        )
+    _check(channels, kernel_size, activation, residual)
     if pool < 1 or flatten not in get_args(Flatten):
         raise ValueError(f"pool is at least 1 and flatten one of {get_args(Flatten)}, got {pool} and {flatten!r}")
-    groups = [Group(channels[0], "input", 0, where="layers.0")]
-    blocks: list[Block] = []
-    spaces = [Space(channels[0], pinned=True)]
-    axes: dict[str, tuple[Space, ...]] = {}
-    for i, (sources, targets) in enumerate(pairwise(channels)):
-        k, earlier = kernel_size[i], residual[i]
-        if not (earlier == -1 or 0 <= earlier <= i - 2):
-            raise ValueError(f"convolution {i} can add -1 (nothing) or a convolution from 0 to {i - 2}, not {earlier}")
-        groups.append(Group(targets, "hidden", i + 1, activation[i], f"layers.{i}.bias", where=f"layers.{i}"))
-        size = (1, targets, sources, k * k)
-        view = View(size, (targets * sources * k * k, sources * k * k, k * k, 1), 0)
-        blocks.append(Block(i, i + 1, f"layers.{i}.weight", "convolution", view, kernel=(k, k)))
-        spaces.append(Space(targets))
-        if earlier >= 0:
-            shared = min(channels[earlier + 1], targets)
-            nodes = [None if shared == count else range(shared) for count in (channels[earlier + 1], targets)]
-            blocks.append(Block(earlier + 1, i + 1, None, "residual", None, shared, (), *nodes))
-            unify(_first(spaces[earlier + 1], shared), _first(spaces[i + 1], shared))
-        kernel = (Space(k, pinned=True), Space(k, pinned=True))
-        axes[f"layers.{i}.weight"] = (spaces[i + 1], spaces[i], *kernel)
-        axes[f"layers.{i}.bias"] = (spaces[i + 1],)
+    groups, blocks = _convolutions(channels, kernel_size, activation, residual)
     if pool > 1:
         groups, blocks = _flattened(groups, blocks, pool**2, flatten)
-    heads = [g for g, group in enumerate(groups) if group.locations is not None] or [layers]
+    heads = [g for g, group in enumerate(groups) if group.locations is not None] or [len(groups) - 1]
     groups.append(Group(classes, "output", 1 + groups[heads[0]].layer, "identity", "fc.bias", where="fc"))
     if len(heads) == 1:
         blocks.append(Block(heads[0], len(groups) - 1, "fc.weight"))
@@ -103,11 +78,61 @@ def cnn(
         count = len(heads)
         views = [View((1, classes, channels[-1]), (0, channels[-1] * count, count), r) for r in range(count)]
         blocks += [Block(g, len(groups) - 1, "fc.weight", view=v) for g, v in zip(heads, views, strict=True)]
-    flattened = product_of([spaces[-1], Space(pool**2, pinned=True)])
-    spaces.append(Space(classes, pinned=True))
-    axes["fc.weight"], axes["fc.bias"] = (spaces[-1], flattened), (spaces[-1],)
+    axes = _axes(channels, kernel_size, residual, classes, pool)
     parameters = tuple((name, tuple(space.size for space in own)) for name, own in axes.items())
     return Wiring(tuple(groups), tuple(blocks), parameters, symmetry=Symmetry(axes))
+
+
+def _check(
+    channels: Sequence[int], kernel_size: Sequence[int], activation: Sequence[str], residual: Sequence[int]
+) -> None:
+    layers = len(channels) - 1
+    if layers < 1 or {len(kernel_size), len(activation), len(residual)} != {layers}:
+        raise ValueError(
+            f"{len(channels)} numbers of channels need {layers} kernel sizes, activations and residuals, got "
+            f"{len(kernel_size)}, {len(activation)} and {len(residual)}"
+        )
+    for i, earlier in enumerate(residual):
+        if not (earlier == -1 or 0 <= earlier <= i - 2):
+            raise ValueError(f"convolution {i} can add -1 (nothing) or a convolution from 0 to {i - 2}, not {earlier}")
+
+
+def _convolutions(
+    channels: Sequence[int], kernel_size: Sequence[int], activation: Sequence[str], residual: Sequence[int]
+) -> tuple[list[Group], list[Block]]:
+    """The neurons and edges before the linear layer."""
+    groups = [Group(channels[0], "input", 0, where="layers.0")]
+    blocks: list[Block] = []
+    for i, (sources, targets) in enumerate(pairwise(channels)):
+        k, earlier = kernel_size[i], residual[i]
+        groups.append(Group(targets, "hidden", i + 1, activation[i], f"layers.{i}.bias", where=f"layers.{i}"))
+        size = (1, targets, sources, k * k)
+        view = View(size, (targets * sources * k * k, sources * k * k, k * k, 1), 0)
+        blocks.append(Block(i, i + 1, f"layers.{i}.weight", "convolution", view, kernel=(k, k)))
+        if earlier >= 0:
+            shared = min(channels[earlier + 1], targets)
+            nodes = [None if shared == count else range(shared) for count in (channels[earlier + 1], targets)]
+            blocks.append(Block(earlier + 1, i + 1, None, "residual", None, shared, (), *nodes))
+    return groups, blocks
+
+
+def _axes(
+    channels: Sequence[int], kernel_size: Sequence[int], residual: Sequence[int], classes: int, pool: int
+) -> dict[str, tuple[Space, ...]]:
+    """The space of every axis of every parameter; residual connections make the shared channels one."""
+    spaces = [Space(channels[0], pinned=True), *(Space(count) for count in channels[1:])]
+    axes: dict[str, tuple[Space, ...]] = {}
+    for i, (k, earlier) in enumerate(zip(kernel_size, residual, strict=True)):
+        if earlier >= 0:
+            shared = min(channels[earlier + 1], channels[i + 1])
+            unify(_first(spaces[earlier + 1], shared), _first(spaces[i + 1], shared))
+        kernel = (Space(k, pinned=True), Space(k, pinned=True))
+        axes[f"layers.{i}.weight"] = (spaces[i + 1], spaces[i], *kernel)
+        axes[f"layers.{i}.bias"] = (spaces[i + 1],)
+    output = Space(classes, pinned=True)
+    axes["fc.weight"] = (output, product_of([spaces[-1], Space(pool**2, pinned=True)]))
+    axes["fc.bias"] = (output,)
+    return axes
 
 
 def _flattened(

@@ -8,14 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ngcore.graph.forward import activations, outputs
+from ngcore.graph.forward import outputs
 from ngcore.graph.steps import call
 from ngcore.graph.structure import Reference, Step
 from ngcore.graph.tracing.rules.parameters import form_of_convolution
 from ngcore.graph.tracing.values import NO_NEURON
 from ngcore.graph.wiring import NeuralGraph
-
-__all__ = ["Simulation", "SimulationError", "activations", "simulate"]
 
 
 class SimulationError(ValueError):
