@@ -23,10 +23,10 @@ PROFILES = sorted(path.stem for path in (ROOT / "notebooks" / "profiles").glob("
 ALLOWED = {
     "graph": {"activations"},
     "data": {"activations", "files", "processes"},
-    "study": {"files", "processes"},
-    "models": {"activations", "files", "graph"},
+    "study": {"digests", "files", "processes"},
+    "models": {"activations", "digests", "files", "graph"},
     "reference": {"activations", "graph", "models", "data"},
-    "tasks": {"activations", "files", "graph", "data", "study", "models"},
+    "tasks": {"activations", "digests", "files", "graph", "data", "study", "models"},
     "bench": {"activations", "files", "reference", "graph", "data", "study", "models", "tasks"},
 }
 

@@ -9,8 +9,9 @@ import torch
 
 from ngcore.data.inrs import siren
 from ngcore.data.inrs.edits import ANGLE, dilate, erode, rotate
+from ngcore.digests import tensor_digest
 from ngcore.study import training
-from ngcore.study.runs import RunError, StoredRun, cache_directory, tensor_digest
+from ngcore.study.runs import RunError, StoredRun, cache_directory
 from ngcore.study.training import DivergedError, Schedule
 from ngcore.tasks import execute
 from ngcore.tasks import inr_editing as task

@@ -17,7 +17,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -65,15 +65,6 @@ def output_directory() -> Path:
 
 
 # Names
-
-
-def tensor_digest(tensors: Iterable[Tensor]) -> str:
-    """A hash of the tensors' shapes and bytes."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def identity(config: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ngcore.data.inrs.edits import EDITS
 from ngcore.data.inrs.sets import INRSet
 from ngcore.data.inrs.siren import render
+from ngcore.digests import tensor_digest
 from ngcore.graph import Wiring
 from ngcore.models import NGGNN, NGT, Editor, PerParameter
 from ngcore.models.baselines import EquivariantDWSNet, EquivariantNFN
@@ -22,7 +23,7 @@ from ngcore.study.execution import Execution
 from ngcore.study.methods import Method, method_order
 from ngcore.study.plans import Plan, Runs
 from ngcore.study.run import Experiment
-from ngcore.study.runs import Record, tensor_digest
+from ngcore.study.runs import Record
 from ngcore.study.training import Schedule, by_training
 from ngcore.tasks.inr_sets import (
     WIRING,

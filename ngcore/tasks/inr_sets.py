@@ -14,10 +14,11 @@ from torch import Tensor
 from ngcore.data.images.subsets import load_images
 from ngcore.data.inrs.sets import INRSet, Recipe, fit_set, siren
 from ngcore.data.inrs.siren import render
+from ngcore.digests import tensor_digest
 from ngcore.graph import mlp
 from ngcore.study.execution import Execution, best_device, default_workers
 from ngcore.study.methods import Methods, known
-from ngcore.study.runs import Record, cache_directory, tensor_digest
+from ngcore.study.runs import Record, cache_directory
 from ngcore.study.tables import describe_scale
 from ngcore.tasks.archives import archive_of, read_inrs
 

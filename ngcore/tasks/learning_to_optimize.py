@@ -15,16 +15,18 @@ from matplotlib.axes import Axes
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from ngcore.digests import tensor_digest
 from ngcore.models.optimizers import LearnedOptimizer
 from ngcore.models.optimizers.files import provenance, shipped
+from ngcore.models.optimizers.problem import FIRST_SEED, Task, train_network
 from ngcore.study.figures import step_curves
 from ngcore.study.methods import Method
 from ngcore.study.plans import Plan, Runs
 from ngcore.study.run import Experiment, Job, Outcome
-from ngcore.study.runs import Record, RunError, tensor_digest
+from ngcore.study.runs import Record, RunError
 from ngcore.study.tables import describe_scale
 from ngcore.tasks import meta_training
-from ngcore.tasks.optimization import FIRST_SEED, ImageTask, Task, train_network
+from ngcore.tasks.optimization import ImageTask
 
 LEARNED = meta_training.METHODS
 HAND_DESIGNED = {"Adam": Method(torch.optim.Adam, colour=7)}

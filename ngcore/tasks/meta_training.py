@@ -1,37 +1,21 @@
-"""Meta-training of learned optimizers (paper, section 4.3): each outer step trains a network for 100 inner steps.
-
-The optimizer's inputs are held fixed: gradients and momenta, as in Andrychowicz et al. (2016), and weights too, which
-is ours. What is differentiated is how a change, once made, adds to all later weights. With changes u_t(φ), gradients
-g_t of the losses L_t and θ_t = θ_0 + Σ_{s<t} u_s,
-
-    d/dφ Σ_t L_t(θ_t) = Σ_s (Σ_{t>s} g_t) · du_s/dφ.
-
-So the way forward keeps features and gradients alone, and needs one backward pass of the network per step, which
-training needs anyway; on the way back all steps are independent and go through the optimizer as a batch. Memory does
-not grow with the optimizer's own states.
-
-Weights held fixed, a change does not act on later ones through their features. Tried once, with an NG-GNN after 70
-outer steps on a network of 8, 12 and 12 channels: the gradients with and without this path had like norms and cosines
-of 0.87 to 0.99, for unrolls of 10, 30 and 100 steps, two networks each.
-"""
+"""Runs of meta-training (paper, section 4.3): `ngcore.models.optimizers.meta` on images."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
-from jaxtyping import Float
 from safetensors.torch import load_file
-from torch import Tensor, nn
 
-from ngcore.models.optimizers import BoundOptimizer, Layout, LearnedOptimizer
+from ngcore.models.optimizers import LearnedOptimizer
+from ngcore.models.optimizers.meta import MetaTraining, Settings
+from ngcore.models.optimizers.problem import Task
 from ngcore.study.methods import Method
 from ngcore.study.run import Experiment, Job, Outcome
 from ngcore.study.runs import Record, RunError, cache_directory, read_record
 from ngcore.study.training import DivergedError
-from ngcore.tasks.optimization import FIRST_SEED, ImageTask, Task, train_network
+from ngcore.tasks.optimization import ImageTask
 
 # `chunk`: steps that pass back through the optimizer together, as many as a CPU's cache likes; on a GPU GPU_CHUNK.
 METHODS = {
@@ -79,131 +63,16 @@ class Config:
     task: str = "meta_training"
 
     def __post_init__(self) -> None:
-        if min(self.outer_steps, self.networks) < 1 or self.inner_steps < 2:
-            raise ValueError(
-                "meta-training needs at least one outer step, one network and two inner steps, got "
-                f"{self.outer_steps}, {self.networks} and {self.inner_steps}"
-            )
-        if self.horizon < self.inner_steps or self.horizon % self.inner_steps:
-            raise ValueError(f"the horizon, {self.horizon} steps, is no multiple of {self.inner_steps} inner steps")
+        if self.outer_steps < 1:
+            raise ValueError(f"meta-training needs at least one outer step, got {self.outer_steps}")
         if self.dataset != self.trained_on.dataset:
             raise ValueError(f"dataset {self.dataset!r}, but the task is on {self.trained_on.dataset!r}")
+        _ = self.settings  # whether they make sense
 
-
-@dataclass
-class Learner:
-    """A network under way: with its optimizer, and its age in steps."""
-
-    network: nn.Module
-    optimizer: BoundOptimizer
-    age: int
-
-
-def unroll(
-    task: Task, learner: Learner, steps: int, generator: torch.Generator
-) -> tuple[Float[Tensor, "steps scalars 14"], Float[Tensor, "steps scalars"], Float[Tensor, " steps"]]:
-    """Train a network on; the optimizer's inputs, the gradients and the losses of every step."""
-    features, gradients, losses = [], [], []
-    optimizer = learner.optimizer
-    for _ in range(steps):
-        losses.append(task.backward(learner.network, generator))
-        gradient, seen = optimizer.observe()
-        gradients.append(gradient)
-        features.append(seen)
-        with torch.no_grad():
-            optimizer.move(optimizer.rule(seen.unsqueeze(0), optimizer.layout).squeeze(0))
-    learner.age += steps
-    return torch.stack(features), torch.stack(gradients), torch.stack(losses)
-
-
-def meta_backward(
-    rule: nn.Module,
-    layout: Layout,
-    features: Float[Tensor, "steps scalars 14"],
-    gradients: Float[Tensor, "steps scalars"],
-    chunk: int,
-) -> None:
-    """Add the gradient of the unroll's mean loss to the gradients of the rule; the module's equation."""
-    later = gradients.flip(0).cumsum(0).flip(0)[1:] / len(gradients)  # of the steps after each but the last
-    for some, credit in zip(features[:-1].split(chunk), later.split(chunk), strict=True):
-        (rule(some, layout) * credit.to(some.dtype)).sum().backward()
-
-
-class MetaTraining:
-    """The state of a run between outer steps."""
-
-    def __init__(self, config: Config, task: Task) -> None:
-        self.config, self.task = config, task
-        torch.manual_seed(config.seed)
-        self.rule = LearnedOptimizer(config.method, **dict(config.options)).to(task.inputs.device)
-        self.layout = Layout.of(task.network(0), *([task.example] if self.rule.context.reads_graph else []))
-        self.rule.fit_normalization(self.layout)
-        self.outer = torch.optim.Adam(self.rule.parameters(), lr=config.learning_rate)
-        self.chunk = METHODS[config.method].chunk if task.inputs.device.type == "cpu" else GPU_CHUNK
-        self.started = 0
-        self.learners = [self.new_learner() for _ in range(config.networks)]
-        for i, learner in enumerate(self.learners):  # so that they are not all given up at once
-            learner.age = i * config.horizon // config.networks // config.inner_steps * config.inner_steps
-
-    def new_learner(self) -> Learner:
-        network = self.task.network(self.config.seed * 1_000_003 + self.started).train()
-        self.started += 1
-        return Learner(network, self.bind(network), 0)
-
-    def bind(self, network: nn.Module) -> BoundOptimizer:
-        """`rule.bind`, but the layout, which all networks of the task share, is not read again."""
-        return BoundOptimizer(self.rule, dict(network.named_parameters()), self.layout)
-
-    def outer_step(self, step: int) -> float:
-        """One step of Adam; the mean loss of the unroll.
-
-        Raises:
-            DivergedError: a gradient, of a network or of the optimizer, is not finite.
-        """
-        config = self.config
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        torch.manual_seed(config.seed * 1_000_003 + step)  # what networks draw themselves, e.g. dropout
-        turn = step % config.networks
-        if self.learners[turn].age >= config.horizon:
-            self.learners[turn] = self.new_learner()
-        try:
-            features, gradients, losses = unroll(self.task, self.learners[turn], config.inner_steps, generator)
-        except FloatingPointError as error:
-            raise DivergedError(f"outer step {step} of {config.method}: {error}") from error
-        self.outer.zero_grad()
-        meta_backward(self.rule, self.layout, features, gradients, self.chunk)
-        norm = nn.utils.clip_grad_norm_(self.rule.parameters(), config.clip)
-        if not torch.isfinite(norm):
-            raise DivergedError(f"outer step {step} of {config.method}: the gradient of its own weights is not finite")
-        self.outer.step()
-        return losses.mean().item()
-
-    def validate(self) -> float:
-        """Accuracy on validation images of a network that the optimizer trains; 0 where that diverges."""
-        steps = self.config.validation_steps
-        found = train_network(self.task, self.bind, FIRST_SEED["validation"], steps, measured=(steps,))
-        return 0.0 if found["diverged_at"] is not None else found["accuracy"][-1]
-
-    def state(self) -> dict[str, Any]:
-        """All that the next outer step depends on."""
-        return {
-            "model": self.rule.state_dict(),
-            "outer": self.outer.state_dict(),
-            "started": self.started,
-            "learners": [
-                {"age": own.age, "network": own.network.state_dict(), "optimizer": own.optimizer.state_dict()}
-                for own in self.learners
-            ],
-        }
-
-    def load(self, state: dict[str, Any]) -> None:
-        self.rule.load_state_dict(state["model"])
-        self.outer.load_state_dict(state["outer"])
-        for learner, stored in zip(self.learners, state["learners"], strict=True):
-            learner.age = stored["age"]
-            learner.network.load_state_dict(stored["network"])
-            learner.optimizer.load_state_dict(stored["optimizer"])
-        self.started = state["started"]
+    @property
+    def settings(self) -> Settings:
+        """What is no matter of where the run is stored and how long it is."""
+        return Settings(**{field.name: getattr(self, field.name) for field in fields(Settings)})
 
 
 def load(config: Config, device: str) -> tuple[Task, str]:
@@ -218,12 +87,16 @@ def produce(config: Config, task: Task, job: Job) -> Outcome:
     Metrics: `meta_loss` of every outer step; `val_score`, the validations' accuracies, after `validated` outer steps;
     `best_step`, after which the stored weights were the best.
     """
-    training = MetaTraining(config, task)
+    chunk = METHODS[config.method].chunk if job.device == "cpu" else GPU_CHUNK
+    training = MetaTraining(config.settings, task, chunk)
     state = _resume(training, job)
     started = time.monotonic()
     while state["step"] < config.outer_steps:
         job.execution.leave_in_time()
-        loss = training.outer_step(state["step"])
+        try:
+            loss = training.outer_step(state["step"])
+        except FloatingPointError as error:
+            raise DivergedError(f"run {job.stored.directory.name}: {error}") from error
         state["step"] += 1
         state["meta_loss"].append(round(loss, 5))
         scores = {"train_loss": loss}

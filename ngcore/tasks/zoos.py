@@ -16,6 +16,7 @@ from torch import Tensor
 from ngcore.data.zoos import archives, cifar10_gs, wild_park
 from ngcore.data.zoos.cnn import Architecture
 from ngcore.data.zoos.populations import Checkpoints, Population, PopulationError
+from ngcore.digests import tensor_digest
 from ngcore.graph import NeuralGraph, Wiring
 from ngcore.graph.architectures import cnn
 from ngcore.graph.collection import Collection
@@ -24,7 +25,7 @@ from ngcore.graph.pyg import Flatten
 from ngcore.models.baselines.stat_nn import statistics
 from ngcore.study.execution import Execution, default_workers
 from ngcore.study.run import Experiment, Job, Outcome
-from ngcore.study.runs import cache_directory, tensor_digest
+from ngcore.study.runs import cache_directory
 from ngcore.tasks.archives import archive_of, path_of
 
 # Shares of the training runs that metanetworks train on and are selected on; the rest is for testing. Of CIFAR10-GS
