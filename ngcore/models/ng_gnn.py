@@ -392,7 +392,7 @@ class NGGNN(nn.Module):
         total, count = 0.0, 0
         for numbers, graph in graphs_of(networks, rows):
             batch = batch_of(graph[:1], self.frame)
-            total += len(numbers) * float(torch.log(degrees(batch, self.directions) + 1).double().sum())
+            total += len(numbers) * float(torch.log(degrees(batch, self.directions).double() + 1).sum())
             count += len(numbers) * graph.wiring.num_nodes
         self.mean_log_degree.fill_(total / count)
 
