@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ngcore.models.heterogeneous import HeterogeneousNGGNN, HeterogeneousNGT
 from properties import permute
 from scipy import stats
 
@@ -18,10 +17,13 @@ from ngcore.graph import mlp, trace
 from ngcore.graph.collection import Collection
 from ngcore.graph.dialects import bias_nodes
 from ngcore.graph.forward import activations
-from ngcore.models import NGGNN, NGT
-from ngcore.models.encoder import ProbeFeatures, Standardize, grid
-from ngcore.models.ng_gnn import DIRECTIONS, EquivariantNGGNN
-from ngcore.reference.ng_gnn import PlainNGGNN, PNAAggregation, to_batch
+from ngcore.graph.frame import Frame
+from ngcore.models import NGGNN, NGT, PerParameter, Scores
+from ngcore.models.encoder import ProbeFeatures, grid
+from ngcore.models.entries import StandardizedEntries
+from ngcore.models.ng_gnn import DIRECTIONS
+from ngcore.reference.encoder import encoding, to_batch
+from ngcore.reference.ng_gnn import PlainNGGNN, PNAAggregation
 from ngcore.study import comparison, tables
 from ngcore.study.runs import identity, make_record, run_hash
 from ngcore.study.training import Schedule
@@ -90,6 +92,7 @@ def test_the_questions_about_cnns_differ_too():
             config = trial.config
             model = generalization.build_model(config.method, networks, **dict(config.options)).eval()
             inputs = generalization.METHODS[config.method].inputs(networks)
+            model.fit_normalization(inputs, rows)
             found.append((size(model), model(inputs[rows]).detach()))
         (full_size, scores), (changed_size, changed) = found
         assert full_size != changed_size or (scores - changed).abs().max() > 1e-5
@@ -140,8 +143,8 @@ PLAIN = {
     "both": (None, [0, 1, 2]),
     "without_sum": (None, [0, 1]),
     "sum": (None, [2]),
-    "forward": (0, [0]),
-    "reversed": (1, [1]),
+    "forward": (False, [0]),
+    "reversed": (True, [1]),
 }
 
 
@@ -162,24 +165,25 @@ def test_directions_agree_with_the_plain_form_on_those_edges(directions):
     torch.manual_seed(0)
     wiring = mlp([2, 5, 4, 1], "siren")
     graph = wiring.graph(random_state(3, wiring))
-    fast = NGGNN(wiring, 7, dropout=0.0, directions=directions).double()
+    frame = Frame.of([wiring])
+    fast = NGGNN(wiring, Scores(7), dropout=0.0, directions=directions).double()
     fast.fit_normalization(graph)
-    plain = PlainNGGNN(wiring, 7, dropout=0.0).double()
+    plain = PlainNGGNN(frame, Scores(7), dropout=0.0).double()
     reads_inputs = directions == "reversed"
     if reads_inputs:
         plain.head[0] = torch.nn.Linear(2 * 64, 64).double()
     plain.encoder.edge_frequencies = torch.empty_like(fast.encoder.edge_frequencies)
-    plain.load_state_dict({n.replace("standardize.", ""): v for n, v in fast.state_dict().items()})
-    batch = to_batch(graph)
-    column, features = PLAIN[directions]
-    kept = slice(None) if column is None else batch.direction[:, column] == 1
-    for name in ("edge_attr", "direction", "block"):
+    plain.load_state_dict(fast.state_dict())
+    batch = to_batch([graph], frame)
+    reverse, features = PLAIN[directions]
+    kept = slice(None) if reverse is None else batch.edge_reversed == reverse
+    for name in ("edge_attr", "present", "edge_slot", "edge_reversed"):
         batch[name] = batch[name][kept]
     batch.edge_index = batch.edge_index[:, kept]
-    batch.direction = batch.direction[:, features]
     degree = torch.bincount(batch.edge_index[1], minlength=batch.num_nodes).double()
     delta = float(torch.log(degree + 1).mean())
-    nodes, edges = plain.encoder(batch)
+    nodes, numbers = plain.encoder.nodes(batch), plain.encoder.standardize.edges(batch)[:, features]
+    edges = plain.encoder.edges(encoding(numbers, plain.encoder.edge_frequencies))
     for layer in plain.layers:
         layer.propagation.aggr_module = PNAAggregation(delta)
         nodes, edges = layer(nodes, batch.edge_index, edges)
@@ -191,17 +195,13 @@ def test_unknown_choices_are_named():
     with pytest.raises(
         ValueError, match="directions is one of both, without_sum, sum, forward, reversed, not 'sideways'"
     ):
-        NGGNN(WIRING, 10, directions="sideways")
-    with pytest.raises(ValueError, match="normalization is one of layer, neuron, none, not 'batch'"):
-        NGT(WIRING, 10, normalization="batch")
-    with pytest.raises(ValueError, match="probing is one of learned, random, grid, not 'best'"):
-        NGT(WIRING, 10, probes=4, probing="best")
+        NGGNN(WIRING, Scores(10), directions="sideways")
     with pytest.raises(ValueError, match="power 2, not 5"):
-        NGGNN(WIRING, 10, probes=5, probing="grid")
+        NGGNN(WIRING, Scores(10), probes=5, probing="grid")
     with pytest.raises(ValueError, match="biases is one of feature, node, not 'salt'"):
         build_model("NG-GNN", biases="salt")
-    with pytest.raises(ValueError, match="'forward' does not: leave it at 'both'"):
-        EquivariantNGGNN(WIRING, directions="forward")
+    with pytest.raises(ValueError, match="numbers per parameter need messages along the edges"):
+        NGGNN(WIRING, PerParameter(), directions="reversed")
     with pytest.raises(ValueError, match="unknown question 'taste'"):
         ablations.trials("taste", [])
     with pytest.raises(ValueError, match="'biases' has no variants salt"):
@@ -217,7 +217,7 @@ def test_a_grid_is_the_centres_of_equal_squares():
 
 def test_fixed_probe_points_are_stored_and_not_learned():
     for probing in ("random", "grid"):
-        probe = ProbeFeatures(WIRING, 4, 8, probing)
+        probe = ProbeFeatures(Frame.of([WIRING]), 4, 8, probing)
         assert "points" in probe.state_dict()
         assert "points" not in dict(probe.named_parameters())
 
@@ -226,15 +226,11 @@ def test_statistics_per_neuron_are_those_of_every_single_number():
     torch.manual_seed(0)
     state = random_state(50)
     graph = WIRING.graph(state)
-    standardize = Standardize(WIRING, "neuron").double()
-    standardize.fit(graph)
-    for name, values in standardize(graph).state_dict().items():
+    own = StandardizedEntries(NGGNN(WIRING, Scores(10))).double()
+    own.fit_normalization(graph)
+    for name, values in own.standardized(graph).state_dict().items():
         mean, std = state[name].mean(0), state[name].std(0, correction=0)
         torch.testing.assert_close(values, (state[name] - mean) / std, rtol=0, atol=1e-12)
-    plain = Standardize(WIRING, "none").double()
-    plain.fit(graph)
-    for name, values in plain(graph).state_dict().items():
-        assert torch.equal(values, state[name])
 
 
 @pytest.mark.parametrize("method", ["NG-GNN", "NG-T"])
@@ -281,7 +277,7 @@ def test_models_of_graphs_with_bias_nodes_are_invariant(model, training):
     wiring = bias_nodes(mlp([2, 5, 4, 1], "siren"))
     state = random_state(3, wiring)
     twin = wiring.symmetry.permute(state, wiring.symmetry.random())
-    metanetwork = model(wiring, 7, probes=3, dropout=0.0).double().train(training)
+    metanetwork = model(wiring, Scores(7), probes=3, dropout=0.0).double().train(training)
     metanetwork.fit_normalization(wiring.graph(state))
     scores = metanetwork(wiring.graph(state))
     torch.testing.assert_close(metanetwork(wiring.graph(twin)), scores, rtol=0, atol=1e-9)
@@ -293,27 +289,27 @@ def test_ng_gnn_with_bias_nodes_agrees_with_the_plain_form():
     torch.manual_seed(0)
     wiring = bias_nodes(mlp([2, 5, 4, 1], "siren"))
     graph = wiring.graph(random_state(3, wiring))
-    fast, plain = NGGNN(wiring, 7, dropout=0.0).double(), PlainNGGNN(wiring, 7, dropout=0.0).double()
+    frame = Frame.of([wiring])
+    fast, plain = (model(frame, Scores(7), dropout=0.0).double() for model in (NGGNN, PlainNGGNN))
     fast.fit_normalization(graph)
-    plain.load_state_dict({n.replace("standardize.", ""): v for n, v in fast.state_dict().items()})
-    torch.testing.assert_close(fast(graph), plain(to_batch(graph)), rtol=0, atol=1e-9)
+    plain.load_state_dict(fast.state_dict())
+    torch.testing.assert_close(fast(graph), plain(to_batch([graph], frame)), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("model", [NGGNN, NGT])
 @pytest.mark.parametrize("positions", [True, False])
 def test_without_positions_output_neurons_are_alike_too(model, positions):
-    """The head reads output neurons in their order; before it, without positions, they are told apart by nothing."""
+    """Scores read output neurons in their order; before, without positions, nothing distinguishes them."""
     torch.manual_seed(0)
     wiring = mlp([3, 4, 5], "tanh")
     graph = wiring.graph(random_state(2, wiring))
     order = torch.tensor([4, 2, 0, 1, 3])
-    metanetwork = model(wiring, 7, positions=positions).double().eval()
+    metanetwork = model(wiring, PerParameter(3), positions=positions, normalization="none").double().eval()
 
-    def states(some):
-        nodes, _ = metanetwork.states(some)
-        return nodes[-1] if isinstance(nodes, tuple) else nodes
+    def numbers(some):
+        return metanetwork(some).nodes[-1]
 
-    difference = (states(permute(graph, {2: order})) - states(graph)[:, order]).abs().max()
+    difference = (numbers(permute(graph, {2: order})) - numbers(graph)[..., order, :]).abs().max()
     assert difference > 1e-5 if positions else difference < 1e-9
 
 
@@ -321,16 +317,16 @@ def test_linear_weights_lie_where_the_frame_says():
     networks = zoos.load((SMALL_PARK,), False)
     rows = torch.arange(6)
     centred, first = networks.collection[rows], networks.linear_collection[rows]
-    middle = networks.frame.features // 2
-    moved = (centred.present.sum(1) == 1) & (centred.edge_slot == networks.frame.layers + 1)  # to the outputs
-    assert moved.any()
-    skips = centred.edge_slot == 0
-    assert skips.any()
-    assert torch.equal(first.weights[~moved], centred.weights[~moved])
-    torch.testing.assert_close(first.weights[moved][:, 0], centred.weights[moved][:, middle])
-    assert (first.weights[moved][:, 1:] == 0).all()
-    assert first.present[moved][:, 0].all()
-    assert not first.present[moved][:, 1:].any()
+    middle, last = networks.frame.features // 2, networks.frame.layers + 1  # the row of weights to the outputs
+    moved = 0
+    for one, other in zip(centred.stacks, first.stacks, strict=True):
+        linear = one.slot == last
+        assert torch.equal(one.slot, other.slot)
+        assert torch.equal(other.weights[:, ~linear], one.weights[:, ~linear])
+        torch.testing.assert_close(other.weights[:, linear][..., 0], one.weights[:, linear][..., middle])
+        assert (other.weights[:, linear][..., 1:] == 0).all()
+        moved += int(linear.sum())
+    assert moved == 6
 
 
 def test_differences_are_those_of_paired_seeds():
@@ -529,8 +525,8 @@ def test_flattened_networks_have_every_parameter_and_their_symmetry(flatten):
     wiring = zoos.wiring_of(FLAT, flatten=flatten)
     back = wiring.graph(state).state_dict()
     assert all(torch.equal(back[name], values) for name, values in state.items())
-    copies = [g for g, group in enumerate(wiring.groups) if group.location is not None]
-    assert [wiring.groups[g].size for g in copies] == [5] * 4
+    flattened = [group for group in wiring.groups if group.locations is not None]
+    assert [group.size for group in flattened] == ([20] if flatten == "layer" else [5] * 4)
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     expected = network(images)
     twin = wiring.symmetry.permute(state, wiring.symmetry.random())
@@ -548,13 +544,14 @@ def test_flattened_weights_join_each_channel_at_each_place_with_each_class(flatt
     graph = wiring.graph(state)
     for block, edges in zip(wiring.blocks, graph.edges, strict=True):
         if block.weight == "fc.weight":
-            r = wiring.groups[block.source].location
+            places = wiring.groups[block.source].locations
             for k in range(7):
-                for c in range(5):
-                    assert edges[k, c, 0] == state["fc.weight"][k, 4 * c + r]
-    into = [b for b in wiring.blocks if wiring.groups[b.target].location is not None]
-    kinds = [block.kind for block in into]
-    assert kinds == (["flatten"] * 4 if flatten == "layer" else ["convolution", "residual"] * 4)
+                for neuron, r in enumerate(places):
+                    c = neuron // 4 if flatten == "layer" else neuron
+                    assert edges[k, neuron, 0] == state["fc.weight"][k, 4 * c + r]
+    into = [block for block in wiring.blocks if wiring.groups[block.target].locations is not None]
+    kinds = {block.kind for block in into}
+    assert kinds == ({"flatten"} if flatten == "layer" else {"convolution", "residual"})
 
 
 @pytest.mark.parametrize("flatten", ["layer", "repeat"])
@@ -566,8 +563,8 @@ def test_models_of_flattened_networks_are_invariant_and_know_the_places(flatten,
     twin = wiring.symmetry.permute(state, wiring.symmetry.random())
     turned = state | {"fc.weight": state["fc.weight"].unflatten(2, (5, 4)).flip(3).flatten(2)}
     networks = Collection([wiring.graph(s) for s in (state, twin, turned)])
-    for model in (HeterogeneousNGGNN, HeterogeneousNGT):
-        metanetwork = model(networks.frame).double().train(training)
+    for model in (NGGNN, NGT):
+        metanetwork = model(networks, Scores(), dropout=0.0).double().train(training)
         metanetwork.fit_normalization(networks, torch.arange(6))
         scores = metanetwork(networks[torch.arange(6)])
         torch.testing.assert_close(scores[2:4], scores[:2], rtol=0, atol=1e-9)
