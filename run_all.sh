@@ -130,7 +130,8 @@ run_tests() {
     "$python" -m ruff check
     "$python" -m ruff format --check
     echo "Testing"
-    OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "$python" -m pytest # tiny tensors: threads would only wait for each other
+    # a process per core, of one thread each: tiny tensors, for which threads would only wait for each other
+    OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "$python" -m pytest -n auto --dist worksteal
 }
 
 parse_arguments "$@"

@@ -44,6 +44,7 @@ RUN = {"jupyterlab": "shows the notebooks, and brings the kernel that runs them"
 RUN_BY_TESTS = {
     "beartype": "checks annotations, see pytest's addopts",
     "pytest-timeout": "ends a test that hangs",
+    "pytest-xdist": "run_all.sh test: a process per core",
     "ruff": "run_all.sh test",
 }
 

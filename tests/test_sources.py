@@ -395,7 +395,9 @@ def test_not_idx(content, tmp_path):
         sources.read_idx(tmp_path / "images")
 
 
-@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b"0" * 99)[:-9], gzip.compress(b"0")[:5]])
+@pytest.mark.parametrize(
+    "content", [b"no gzip", gzip.compress(b"0" * 99)[:-9], gzip.compress(b"0")[:5]], ids=["none", "cut", "head"]
+)
 def test_idx_in_a_broken_gzip(content, tmp_path):
     (tmp_path / "images.gz").write_bytes(content)
     with pytest.raises(ValueError, match=r"images\.gz is truncated or not gzip"):
