@@ -99,6 +99,7 @@ def test_the_unedited_error_is_that_of_an_editor_without_scales():
 def test_several_networks_are_drawn_as_their_mean():
     state = siren.unflatten(siren.initialize(range(3)))
     editor = task.build_editor("NG-GNN", networks=2).eval()
+    editor.fit_normalization(WIRING.graph(state))
     edited = editor(WIRING.graph(state)).state_dict()
     pictures = [siren.render({name: values[k] for name, values in edited.items()}) for k in range(2)]
     assert (pictures[0] - pictures[1]).abs().max() > 0
