@@ -125,7 +125,10 @@ def code_of(notebook: Path) -> str:
 def test_imports_run_downwards(package):
     modules = sorted((ROOT / "ngcore" / package).rglob("*.py"))
     assert modules
+    command = ROOT / "ngcore" / "study" / "__main__.py"  # joins packages, and nothing imports it
     for module in modules:
+        if module == command:
+            continue
         upwards = imported_packages(module.read_text(), package) - ALLOWED[package]
         assert not upwards, f"{module.relative_to(ROOT)} imports {upwards}"
 

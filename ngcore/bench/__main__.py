@@ -311,10 +311,10 @@ def an_epoch(method: str = "none") -> Workload:
     from ngcore.data.inrs.augment import Augmentation
     from ngcore.data.inrs.sets import INRSet
     from ngcore.study.training import Schedule, train_epoch
-    from ngcore.tasks.inr_classification import Classification, build_model
+    from ngcore.tasks.inr_classification import METHODS, Classification, build_model
 
     model = idle_model() if method == "none" else build_model(method)
-    schedule = Schedule(epochs=1, batch=16, micro_batch=8 if method.startswith("NG") else 0)
+    schedule, micro_batch = Schedule(epochs=1, batch=16), 0 if method == "none" else METHODS[method].micro_batch
     inrs = INRSet(
         random_networks(EPOCH_SIZE).state_dict(),
         random_labels(EPOCH_SIZE),
@@ -322,7 +322,7 @@ def an_epoch(method: str = "none") -> Workload:
         torch.zeros(EPOCH_SIZE),
     )
     problem, optimizer = Classification(model, {"train": inrs}, Augmentation()), adamw(model)
-    return Workload(lambda: train_epoch(problem, schedule, optimizer, 0, 0), EPOCH_SIZE)
+    return Workload(lambda: train_epoch(problem, schedule, optimizer, 0, 0, micro_batch), EPOCH_SIZE)
 
 
 def idle_model() -> nn.Module:

@@ -116,20 +116,22 @@ def our_park(method: str) -> Workload:
 
     from ngcore.graph.collection import Collection
     from ngcore.models import CNN_WIDTHS, NGGNN, NGT, Scores
-    from ngcore.tasks.generalization import CHUNK
+    from ngcore.tasks.generalization import METHODS, OPTIONS
 
     networks = Collection(park_graphs())
     rows = torch.arange(len(networks))
-    options = {"sigma": None, "activations": True, "dropout": 0.0}
     if method == "NG-T":
-        model = NGT(networks, Scores(), widths=CNN_WIDTHS, **options)
+        model = NGT(networks, Scores(), widths=CNN_WIDTHS, **OPTIONS)
     else:
-        model = NGGNN(networks, Scores(), **options)
+        model = NGGNN(networks, Scores(), **OPTIONS)
     model.fit_normalization(networks, rows)
     batches = [own[networks.sizes[own].argsort()] for own in rows.split(BATCH)]
     return park_training(
         model,
-        [[partial(networks.__getitem__, some) for some in own.split(CHUNK.get(method, BATCH))] for own in batches],
+        [
+            [partial(networks.__getitem__, some) for some in own.split(METHODS[method].chunk or BATCH)]
+            for own in batches
+        ],
     )
 
 
@@ -142,18 +144,18 @@ def plain_park(method: str) -> Workload:
     from ngcore.reference.encoder import to_batch
     from ngcore.reference.ng_gnn import PlainNGGNN
     from ngcore.reference.ng_t import PlainNGT
+    from ngcore.tasks.generalization import OPTIONS
 
     torch.manual_seed(0)
     graphs = park_graphs()
     frame = Frame.of({graph.wiring for graph in graphs})
     parts = [graphs[first : first + BATCH] for first in range(0, len(graphs), BATCH)]
-    options = {"sigma": None, "activations": True, "dropout": 0.0}
     if method == "NG-T":  # one network after the other
         batches = [[to_batch([graph], frame) for graph in part] for part in parts]
-        model = PlainNGT(frame, Scores(), widths=CNN_WIDTHS, **options)
+        model = PlainNGT(frame, Scores(), widths=CNN_WIDTHS, **OPTIONS)
     else:
         batches = [to_batch(part, frame) for part in parts]
-        model = PlainNGGNN(frame, Scores(), **options)
+        model = PlainNGGNN(frame, Scores(), **OPTIONS)
     return park_training(model, [[lambda batch=batch: batch] for batch in batches])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import sys
 import time
@@ -66,9 +65,10 @@ def train(profile: str, only: Sequence[str] | None = None, minutes: float | None
         RunsFailed: some runs failed; those of the other notebooks are not begun.
     """
     started = time.time()
+    from ngcore import tasks  # this command stands above the packages that it joins
+
     share, most = MARGIN
     deadline = None if minutes is None else started + 60 * minutes - min(most, share * 60 * minutes)
-    tasks = importlib.import_module("ngcore.tasks")  # the command stands above the packages that it joins
     for notebook, parameters in plan_notebooks(profile, only, root / "notebooks").items():
         plan = tasks.PLANS.get(notebook.name[:2])
         if plan is not None:

@@ -200,7 +200,6 @@ METHODS = {
     ),
     "NG-T": Method(_ng_t, _collection, colour=3, chunk=8),
 }
-CHUNK = {name: method.chunk for name, method in METHODS.items() if method.chunk is not None}
 
 
 def build_model(method: str, networks: Networks, **options: Any) -> nn.Module:
