@@ -38,3 +38,10 @@ def random_graph(generator):
         return wiring.graph(state)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def study_cache(tmp_path_factory, worker_id):
+    """Where the tests that run the study keep its runs: each is made once, whichever test and worker asks first."""
+    base = tmp_path_factory.getbasetemp()
+    return (base if worker_id == "master" else base.parent) / "study_cache"

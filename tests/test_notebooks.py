@@ -44,9 +44,10 @@ def test_every_notebook_is_tested():
     assert set(ARTEFACTS) == set(find_notebooks(ROOT / "notebooks"))
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("number", sorted(ARTEFACTS))
-def test_notebook(number, tmp_path, monkeypatch):
-    monkeypatch.setenv("NGCORE_CACHE", str(tmp_path / "cache"))
+def test_notebook(number, tmp_path, study_cache, monkeypatch):
+    monkeypatch.setenv("NGCORE_CACHE", str(study_cache))
     monkeypatch.setenv("NGCORE_OUTPUT", str(tmp_path / "output"))
     notebooks.execute("smoke", [number])
     written = {path.name for path in (tmp_path / "output" / "figures" / "smoke").iterdir()}
