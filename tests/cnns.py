@@ -1,4 +1,4 @@
-"""CNNs of many shapes, small, that tests draw."""
+"""Small networks of many architectures, and random ones that tests draw."""
 
 import torch
 from hypothesis import strategies as st
@@ -71,3 +71,14 @@ class GroupedCNN(nn.Module):
     def forward(self, images):
         x = torch.relu(self.norm(self.first(images)))
         return self.head((x + self.second(x)).mean((2, 3)))
+
+
+class TwoHeads(nn.Module):
+    """An MLP with two outputs, whose neurons are not consecutive on the graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.body, self.other = nn.Linear(2, 3), nn.Linear(2, 4), nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.one(x), self.other(torch.tanh(self.body(x)))

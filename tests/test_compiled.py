@@ -9,12 +9,13 @@ MODEL = """
 import copy
 import torch
 from ngcore.graph import mlp
-from ngcore.models import NGGNN, NGT, Editor, EquivariantNGGNN
+from ngcore.models import NGGNN, NGT, Editor, PerParameter, Scores
 
 torch.manual_seed(0)
 wiring = mlp([2, 4, 1], "siren")
 metanetwork = {model}  # compiled or not, the same random numbers are drawn
 graph = wiring.graph({{name: 0.3 * torch.randn(4, *shape) for name, shape in wiring.shapes.items()}})
+metanetwork.fit_normalization(graph)
 
 def numbers_and_gradients():
     torch.manual_seed(1)
@@ -52,9 +53,9 @@ for name, values in fits[0].parameters.items():
 PARAMETERS = "torch.cat([values.flatten() for values in metanetwork(graph).state_dict().values()])"
 SCRIPTS = {
     "fit": FIT,
-    "NG-GNN": MODEL.format(model="NGGNN(wiring, 3, dropout=0.2)", found="metanetwork(graph)"),
-    "NG-T": MODEL.format(model="NGT(wiring, 3, dropout=0.2)", found="metanetwork(graph)"),
-    "editor": MODEL.format(model="Editor(EquivariantNGGNN(wiring, dropout=0.2))", found=PARAMETERS),
+    "NG-GNN": MODEL.format(model="NGGNN(wiring, Scores(3))", found="metanetwork(graph)"),
+    "NG-T": MODEL.format(model="NGT(wiring, Scores(3))", found="metanetwork(graph)"),
+    "editor": MODEL.format(model="Editor(NGGNN(wiring, PerParameter()))", found=PARAMETERS),
 }
 
 

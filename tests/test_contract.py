@@ -5,7 +5,7 @@ from functools import cache, partial
 import metanetworks
 import pytest
 import torch
-from cnns import GroupedCNN, architectures, random_graphs, wiring_of
+from cnns import GroupedCNN, TwoHeads, architectures, random_graphs, wiring_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from metanetworks import HEADS, assert_same, distance, everything, fitted
@@ -42,17 +42,19 @@ PRODUCERS = {
     "traced ReLU MLP": lambda: trace(relu_mlp(), torch.randn(5, 2)),
     "traced CNN": lambda: trace(CNN(Architecture(**FLATTENED, **STRIDES, classes=2)), torch.randn(2, 3, 9, 9)),
     "traced CNN with groups": lambda: trace(GroupedCNN().eval(), torch.randn(2, 3, 9, 9)),
+    "traced MLP with two outputs": lambda: trace(TwoHeads(), torch.randn(5, 2)),
     "mlp": lambda: mlp([2, 5, 4, 1], "siren"),
     "cnn": lambda: cnn(**FLATTENED, classes=2),
     "cnn, repeated": lambda: cnn(**FLATTENED, classes=2, flatten="repeat"),
 }
+PROBED = ("traced SIREN", "traced ReLU MLP", "traced CNN", "mlp")  # whose inputs have a known shape
 MODELS = {"NG-GNN": partial(NGGNN, width=16), "NG-T": partial(NGT, widths=Widths(16, 8, 32, 2))}
 CASES = [
     pytest.param(name, model, head, probes, id=f"{name}, {method}, {asked}" + ", probes" * bool(probes))
     for name in PRODUCERS
     for method, model in MODELS.items()
     for asked, head in HEADS.items()
-    for probes in ((0, 3) if name == "mlp" else (0,))
+    for probes in ((0, 3) if name in PROBED else (0,))
 ]
 each_case = pytest.mark.parametrize(("producer", "model", "head", "probes"), CASES)
 each_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
@@ -235,3 +237,51 @@ def test_outputs_that_a_network_lacks_have_no_part_in_its_scores(model):
     after = answers(metanetwork, everything(networks))
     assert distance(after[0], before[0]) < 1e-9
     assert distance(after[1], before[1]) > 1e-3
+
+
+def networks_of_one_input_shape(inputs):
+    """Traced networks of several architectures, all with points of two coordinates, or all with small images."""
+    if inputs == "coordinates":
+        networks = [Siren(), relu_mlp(), nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))]
+        return [trace(network, torch.randn(5, 2)) for network in networks] + [mlp([2, 4, 2], "sine")]
+    cnns = [CNN(Architecture(**FLATTENED, **STRIDES, classes=2)), NoSkip()]
+    return [trace(network, torch.randn(2, 3, 9, 9)) for network in cnns]
+
+
+class NoSkip(nn.Module):
+    """A convolution and a mean over all locations."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution, self.head = nn.Conv2d(3, 4, 3, stride=2), nn.Linear(4, 2)
+
+    def forward(self, images):
+        return self.head(torch.tanh(self.convolution(images)).mean((2, 3)))
+
+
+@each_model
+@each_head
+@pytest.mark.parametrize("inputs", ["coordinates", "images"])
+def test_probed_networks_do_not_see_each_other(model, head, inputs):
+    wirings = networks_of_one_input_shape(inputs)
+    graphs = random_graphs(wirings, [2] * len(wirings))
+    networks = Collection(graphs)
+    metanetwork = fitted(model, networks, head, probes=3)
+    together = answers(metanetwork, everything(networks))
+    assert_same(together, [own for graph in graphs for own in answers(metanetwork, graph)])
+    assert_same(together, [own for graph in graphs for i in range(2) for own in answers(metanetwork, graph[i : i + 1])])
+    twins = [twin_of(graph) for graph in graphs]
+    found = answers(metanetwork, everything(Collection([twin for twin, _ in twins], networks.frame)))
+    assert_same(found, [twins[i // 2][1](own) for i, own in enumerate(together)])
+
+
+@each_model
+def test_probes_see_what_a_network_does(model):
+    """Without positions and weights that differ, two functions differ in what they do at the points alone."""
+    wirings = [trace(nn.Sequential(nn.Linear(2, 4), own, nn.Linear(4, 1)), torch.randn(5, 2)) for own in
+               (nn.Tanh(), nn.Sigmoid())]  # fmt: skip
+    (graph,) = random_graphs(wirings[:1], [1])
+    networks = Collection([graph, wirings[1].graph(graph.state_dict())])
+    for probes in (0, 3):
+        metanetwork = fitted(model, networks, Scores(3), probes=probes, activations=False)
+        assert (distance(*answers(metanetwork, everything(networks))) > 1e-5) == (probes > 0)

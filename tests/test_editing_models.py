@@ -1,4 +1,4 @@
-"""Models with numbers for every parameter, and the editor: symmetry, plain statements of the same, rendering."""
+"""Editors of every method: symmetry of what they make, scales, gradients, one network at a time, kernels."""
 
 from functools import partial
 
@@ -6,39 +6,40 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from metanetworks import PLAIN, plain_inputs, random_batch
 from torch import nn
 
 from ngcore.data.inrs.siren import render
-from ngcore.graph import NeuralGraph, mlp, trace
-from ngcore.models import Editor, EquivariantNGGNN, EquivariantNGT
+from ngcore.graph import mlp, trace
+from ngcore.models import NGGNN, NGT, Editor, PerParameter
 from ngcore.models.baselines import EquivariantDWSNet, EquivariantNFN
 from ngcore.models.editing import outputs_first
 from ngcore.reference.editing import PlainEditor
-from ngcore.reference.ng_gnn import PlainEquivariantNGGNN, to_batch
-from ngcore.reference.ng_t import PlainEquivariantNGT
 
 INR = mlp([2, 32, 32, 1], "siren")
 SMALL = mlp([2, 5, 4, 1], "siren")  # drawn as an INR is
-MODELS = [EquivariantNGGNN, EquivariantNGT]
-PLAIN = {
-    EquivariantNGGNN: (PlainEquivariantNGGNN, to_batch),
-    EquivariantNGT: (PlainEquivariantNGT, lambda graph: graph),
-}
-METHODS = {
-    "NG-GNN": partial(EquivariantNGGNN, dropout=0.0),
-    "NG-GNN, probes": partial(EquivariantNGGNN, dropout=0.0, probes=3),
-    "NG-T": partial(EquivariantNGT, dropout=0.0),
-    "NG-T, probes": partial(EquivariantNGT, dropout=0.0, probes=3),
+
+
+def equivariant(model, **options):
+    """(wiring, numbers) -> a model with so many numbers per parameter."""
+    return lambda wiring, numbers=1: model(wiring, PerParameter(numbers), dropout=0.0, **options)
+
+
+BASELINES = {
     "DWSNet": EquivariantDWSNet,
     "DWSNet, mean": partial(EquivariantDWSNet, reduction="mean"),
     "NFN, HNP": EquivariantNFN,
     "NFN, NP": partial(EquivariantNFN, group="NP"),
 }
+METHODS = {
+    "NG-GNN": equivariant(NGGNN),
+    "NG-GNN, probes": equivariant(NGGNN, probes=3),
+    "NG-T": equivariant(NGT),
+    "NG-T, probes": equivariant(NGT, probes=3),
+    **BASELINES,
+}
+baselines = pytest.mark.parametrize("method", BASELINES.values(), ids=BASELINES)  # the others: see `test_contract`
 methods = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-
-
-def random_batch(wiring, count=3, dtype=torch.float64):
-    return wiring.graph({n: 0.3 * torch.randn(count, *s, dtype=dtype) for n, s in wiring.shapes.items()})
 
 
 def permuted(graph):
@@ -69,85 +70,14 @@ def with_networks_apart(model):
     return model.train(not any(isinstance(part, torch.nn.BatchNorm1d) for part in model.modules()))
 
 
-def plain_name(name):
-    """The plain models keep one flat list of modules per layer."""
-    return name.replace("standardize.", "").replace(".attention.", ".")
-
-
-def pair(model, wiring, outputs, graph, **options):
-    """A fast model and its plain version with the same weights."""
-    fast = model(wiring, outputs, dropout=0.0, **options).to(graph.edges[0])
-    fast.fit_normalization(graph)
-    plain = PLAIN[model][0](wiring, outputs, dropout=0.0, **options).to(graph.edges[0])
-    plain.load_state_dict({plain_name(name): value for name, value in fast.state_dict().items()})
-    return fast, plain
-
-
-def plain_numbers(model, plain, graph):
-    return {name: values.movedim(-1, 0) for name, values in plain(PLAIN[model][1](graph)).items()}
-
-
-def backward(found):
-    sum(values.square().sum() for values in found.values()).backward()
-
-
-@pytest.mark.parametrize(
-    ("model", "count"),
-    [
-        (EquivariantNGGNN(INR), 306_882),
-        (EquivariantNGGNN(INR, probes=64), 324_162),
-        (EquivariantNGT(INR), 385_890),
-        (EquivariantNGT(INR, probes=64), 403_170),
-        (EquivariantDWSNet(INR), 315_367),
-        (EquivariantNFN(INR), 353_815),
-    ],
-    ids=["NG-GNN", "NG-GNN, probes", "NG-T", "NG-T, probes", "DWSNet", "NFN"],
-)
-def test_parameter_counts(model, count):
+@pytest.mark.parametrize(("method", "count"), [(EquivariantDWSNet, 315_367), (EquivariantNFN, 353_815)])
+def test_parameter_counts(method, count):
+    model = method(INR)
     assert sum(p.numel() for p in model.parameters()) == count
     assert sum(p.numel() for p in Editor(model).parameters()) == count + 4 + 3
 
 
-@pytest.mark.parametrize("model", MODELS)
-@settings(max_examples=8, deadline=None)
-@given(
-    st.lists(st.integers(1, 5), min_size=3, max_size=4),
-    st.sampled_from([0, 3]),
-    st.sampled_from([1, 2]),
-    st.sampled_from([None, 3.0]),
-    st.booleans(),
-)
-def test_agrees_with_the_plain_form_in_float64(model, sizes, probes, outputs, sigma, positions):
-    torch.manual_seed(0)
-    graph = random_batch(mlp(sizes, "siren"))
-    fast, plain = pair(model, graph.wiring, outputs, graph, probes=probes, sigma=sigma, positions=positions)
-    ours, theirs = numbers(fast, graph), plain_numbers(model, plain, graph)
-    for name, values in ours.items():
-        torch.testing.assert_close(values, theirs[name], rtol=0, atol=1e-9)
-    backward(ours)
-    backward(theirs)
-    gradients = {name: p.grad for name, p in plain.named_parameters()}
-    for name, parameter in fast.named_parameters():
-        torch.testing.assert_close(parameter.grad, gradients[plain_name(name)], rtol=1e-8, atol=1e-8)
-
-
-@pytest.mark.parametrize("model", MODELS)
-def test_agrees_with_the_plain_form_in_float32_at_full_size(model):
-    torch.manual_seed(1)
-    graph = random_batch(INR, 2, torch.float32)
-    fast, plain = pair(model, INR, 2, graph, probes=4)
-    ours, theirs = numbers(fast, graph), plain_numbers(model, plain, graph)
-    for name, values in ours.items():
-        assert (values - theirs[name]).abs().max() < 1e-5 * theirs[name].abs().max(), name
-    backward(ours)
-    backward(theirs)
-    wanted = dict(plain.named_parameters())
-    found = torch.cat([p.grad.flatten() for p in fast.parameters()])
-    reference = torch.cat([wanted[plain_name(name)].grad.flatten() for name, _ in fast.named_parameters()])
-    assert (found - reference).norm() < 1e-4 * reference.norm()
-
-
-@methods
+@baselines
 @pytest.mark.parametrize("training", [True, False])
 @settings(max_examples=5, deadline=None)
 @given(st.lists(st.integers(2, 5), min_size=3, max_size=5), st.sampled_from([1, 2]))
@@ -179,7 +109,7 @@ def test_an_edited_image_does_not_depend_on_the_neurons_order(method):
     assert (images[0] - images[1]).abs().max() > 1e-3  # by each output in its own way
 
 
-@methods
+@baselines
 def test_a_network_does_not_depend_on_its_batch(method):
     torch.manual_seed(0)
     graph = random_batch(SMALL)
@@ -205,20 +135,6 @@ def test_changes_are_scaled_by_layer_and_kind(method):
     assert not editor(graph).nodes[0].any()  # input neurons have no bias to change
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_positions_tell_input_neurons_apart(model):
-    torch.manual_seed(0)
-    wiring = mlp([3, 4, 2], "tanh")
-    graph = random_batch(wiring)
-    flipped = NeuralGraph(wiring, graph.nodes, (graph.edges[0].flip(2), graph.edges[1]))
-    for positions in (True, False):
-        metanetwork = model(wiring, positions=positions).double().eval()
-        found, expected = numbers(metanetwork, flipped), numbers(metanetwork, graph)
-        found["layers.0.weight"] = found["layers.0.weight"].flip(-1)
-        difference = max((found[name] - values).abs().max() for name, values in expected.items())
-        assert difference > 1e-5 if positions else difference < 1e-9
-
-
 @methods
 def test_every_parameter_gets_a_gradient(method):
     torch.manual_seed(0)
@@ -234,14 +150,17 @@ def test_every_parameter_gets_a_gradient(method):
     assert editor.node_scale.grad.nonzero().flatten().tolist() == [1, 2, 3]  # the input has no biases to scale
 
 
-def test_kernels_are_edited_by_position():
+@pytest.mark.parametrize(
+    "method", [EquivariantNFN, equivariant(NGGNN), equivariant(NGT)], ids=["NFN", "NG-GNN", "NG-T"]
+)
+def test_kernels_are_edited_by_position(method):
     """Of a convolution an edge holds several numbers, and the metanetwork says k of each."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 2, (1, 3))).double()
     wiring = trace(network, torch.zeros(1, 2, 7, 7, dtype=torch.float64))
     state = {name: torch.randn(4, *shape, dtype=torch.float64) for name, shape in wiring.shapes.items()}
     graph = wiring.graph(state)
-    editor = editor_of(EquivariantNFN, wiring, 2, graph)
+    editor = editor_of(method, wiring, 2, graph)
     edited = editor(graph).state_dict()
     said = editor.metanetwork(graph).edges[1]
     for k in range(2):
@@ -253,17 +172,7 @@ def test_kernels_are_edited_by_position():
         torch.testing.assert_close(twins[name], values, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_graphs_of_another_wiring_are_refused(model):
-    graph = random_batch(SMALL, dtype=torch.float32)
-    for other in (mlp([2, 5, 3, 1], "siren"), mlp([2, 5, 4, 1], "tanh")):
-        metanetwork = model(other)
-        for read in (metanetwork, metanetwork.fit_normalization):
-            with pytest.raises(ValueError, match=r"was built for .*, the graph is of .*\[2, 5, 4, 1\] neurons \(siren"):
-                read(graph)
-
-
-@methods
+@baselines
 def test_forward_leaves_its_input_alone(method):
     torch.manual_seed(0)
     graph = random_batch(SMALL)
@@ -272,18 +181,20 @@ def test_forward_leaves_its_input_alone(method):
     assert all(torch.equal(before[name], value) for name, value in graph.state_dict().items())
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [NGGNN, NGT])
 def test_editor_agrees_with_one_network_at_a_time(model):
     torch.manual_seed(0)
     graph = random_batch(SMALL)
-    fast = editor_of(partial(model, dropout=0.0, probes=3), SMALL, 2, graph)
-    plain = PlainEditor(PLAIN[model][0](SMALL, 2, dropout=0.0, probes=3)).double()
-    plain.load_state_dict({plain_name(name): value for name, value in fast.state_dict().items()})
+    fast = editor_of(equivariant(model, probes=3), SMALL, 2, graph)
+    frame = fast.metanetwork.frame
+    plain = PlainEditor(PLAIN[model](frame, PerParameter(2), dropout=0.0, probes=3), SMALL).double()
+    plain.load_state_dict(fast.state_dict())
     networks = [graph[n].state_dict() for n in range(3)]
-    images, expected = render(fast(graph).state_dict()), plain(PLAIN[model][1](graph), networks)
+    inputs = plain_inputs(plain.metanetwork, [graph], frame)
+    images, expected = render(fast(graph).state_dict()), plain(inputs, networks)
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-9)
     images.square().sum().backward()
     expected.square().sum().backward()
     gradients = {name: p.grad for name, p in plain.named_parameters()}
     for name, parameter in fast.named_parameters():
-        torch.testing.assert_close(parameter.grad, gradients[plain_name(name)], rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-8, atol=1e-8)

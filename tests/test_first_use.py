@@ -4,8 +4,8 @@ import inspect
 
 import pytest
 import torch
+from cnns import TwoHeads
 from metanetworks import random_batch
-from torch import nn
 
 from ngcore.graph import cnn, mlp, trace
 from ngcore.graph.collection import Collection
@@ -113,16 +113,6 @@ def test_graphs_without_a_batch_axis_are_refused(model):
     for wrong, axes in ((graph[0], 0), (graph.map(lambda values: values.unsqueeze(0)), 2)):
         with pytest.raises(ValueError, match=f"one batch axis, of their networks, not {axes}: bind a list"):
             model(WIRING, Scores(), normalization="none")(wrong)
-
-
-class TwoHeads(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.body, self.one, self.other = nn.Linear(2, 4), nn.Linear(4, 3), nn.Linear(4, 1)
-
-    def forward(self, x):
-        x = torch.tanh(self.body(x))
-        return self.one(x), self.other(x)
 
 
 @each_model

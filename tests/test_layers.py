@@ -1,4 +1,4 @@
-"""NG-GNN's aggregation with its backward pass by hand, and dropout from random bits, against torch's own."""
+"""NG-GNN's aggregation, with its backward pass by hand, and dropout from random bits, against torch's own."""
 
 import inspect
 
@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from ngcore.graph.batch import Ends
 from ngcore.models.kernels.dropout import dropout
 from ngcore.models.kernels.moments import Moments, messages
+from ngcore.models.ng_gnn import EPSILON, aggregate
 
 
 def leaves(batch, targets, sources, width, values=torch.randn):
@@ -43,6 +45,51 @@ def test_moments_and_their_gradients_are_those_of_autograd(values, batch, target
         gradients(Moments.apply, inputs, weights), gradients(by_autograd, inputs, weights), strict=True
     ):
         torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 2), st.integers(2, 5), st.lists(st.integers(1, 3), min_size=1, max_size=3), st.booleans())
+def test_aggregates_are_those_of_all_messages(copies, count, sources, of_some):
+    """Blocks to all neurons are added up, blocks to some are scattered: both against one node at a time."""
+    width, received = 3, []
+    every = torch.arange(count)
+    gathered = [[torch.empty(0, width).double()] * copies for _ in range(count)]
+    for number, k in enumerate(sources):
+        targets = torch.randperm(count)[: max(1, count - number)] if of_some else every
+        message = torch.randn(copies, len(targets), k, width, dtype=torch.float64)
+        found = message.sum(2), message.square().sum(2), message.amin(2), message.amax(2)
+        received.append((Ends(0, targets.view(1, -1) if of_some else None), found))
+        for i, node in enumerate(targets.tolist()):
+            gathered[node] = [torch.cat([old, own[i]]) for old, own in zip(gathered[node], message, strict=True)]
+    degree = torch.tensor([[max(1, len(own[0]))] for own in gathered]).double()
+    found = aggregate(received, torch.randn(copies, count, width).double(), degree)
+    for node, own in enumerate(gathered):
+        for copy, m in enumerate(own):
+            if len(m):
+                std = (m.var(0, correction=0) + EPSILON).sqrt()
+                expected = torch.cat([m.mean(0), m.amin(0), m.amax(0), std])
+            else:
+                expected = torch.cat([torch.zeros(3 * width), torch.full((width,), EPSILON**0.5)]).double()
+            torch.testing.assert_close(found[copy, node], expected, rtol=0, atol=1e-9)
+
+
+def test_scattered_messages_are_combined_messages():
+    copies, count, width = 2, 4, 3
+    blocks = [tuple(torch.randn(4, copies, count, width, dtype=torch.float64)) for _ in range(3)]
+    v, degree = torch.randn(copies, count, width).double(), torch.full((count, 1), 5.0).double()
+    combined = aggregate([(Ends(0), found) for found in blocks], v, degree)
+    mixed = [(Ends(0), blocks[0])]
+    for found in blocks[1:]:
+        order = torch.randperm(count)
+        mixed.append((Ends(0, order.view(1, -1)), tuple(x[:, order] for x in found)))
+    torch.testing.assert_close(aggregate(mixed, v, degree), combined, rtol=0, atol=1e-12)
+
+
+def test_neurons_without_messages_have_zeros():
+    v = torch.randn(2, 3, 4)
+    found = aggregate([], v, torch.ones(3, 1))
+    assert not found[..., :12].any()
+    assert found[..., 12:].unique().tolist() == pytest.approx([EPSILON**0.5])
 
 
 def test_dropout_keeps_the_mean_and_drops_as_often_as_torch():

@@ -149,32 +149,45 @@ def test_lstm_reads_the_averages_of_layers():
 
 @pytest.mark.parametrize(("build", "inputs"), NETWORKS.values(), ids=NETWORKS)
 def test_layout_places_every_scalar(build, inputs):
-    """Scalars come back from the graph; every place holds what the graph itself has there; degrees are counted."""
-    network = build().double()
-    layout = Layout.of(network, inputs.double() if inputs.is_floating_point() else inputs)
-    weights = layout.flatten(network.parameters()).detach()
-    nodes, edges = layout.nodes_and_edges(weights[None, :, None])
-    torch.testing.assert_close(layout.row(nodes, edges)[0, :, 0], weights, rtol=0, atol=0)
-    graph = layout.wiring.graph(network.state_dict())
-    assert torch.equal(nodes[0, :, 0], torch.cat(graph.nodes).squeeze(1))
-    targets, sources = layout.pairs
-    found = {(t, s): e for t, s, e in zip(targets.tolist(), sources.tolist(), edges[0], strict=True)}
-    degrees = torch.zeros(layout.wiring.num_nodes)
-    count = 0
-    for block, own in zip(layout.wiring.blocks, graph.edges, strict=True):
-        for source, target, values in zip(*layout.wiring.edge_index(block).tolist(), own.flatten(0, 1), strict=True):
-            degrees[source] += 1
-            degrees[target] += 1
-            count += 1
-            place = found[target, source]
-            if block.weight is None:
-                continue
-            if len(values) == 9:
-                assert torch.equal(place, values)
-            elif block.kind != "residual":
-                assert place[4] == values[0]
-    assert count == len(targets)
-    assert torch.equal(layout.degrees, degrees)
+    """Every number of a scalar stands where the graph has its parameter, and comes back from there."""
+    layout = Layout.of(build(), inputs)
+    features = random_features(layout)
+    graph = layout.graph(features)
+    assert torch.equal(layout.row(graph, FEATURES), features)
+    wiring = layout.wiring
+    for f in range(FEATURES):
+        own = wiring.graph(dict(zip(layout.shapes, layout.split(features[..., f]), strict=True)))
+        for group, found, wanted in zip(wiring.groups, graph.nodes, own.nodes, strict=True):
+            assert torch.equal(found[..., f : f + 1], wanted if group.bias else torch.zeros_like(wanted))
+        for block, found, wanted in zip(wiring.blocks, graph.edges, own.edges, strict=True):
+            numbers = found[..., f::FEATURES]  # of every place of a kernel
+            assert torch.equal(numbers, wanted if block.weight else torch.zeros_like(wanted))
+
+
+def test_degrees_of_a_layout_are_counted():
+    layout, context = Layout.of(cnn(2, 4, 3), IMAGES), NGGNNContext()
+    context.fit_normalization(layout)
+    degrees = torch.tensor([4] * 2 + [2 + 3] * 4 + [4 + 3] * 3 + [3] * 3)  # of every neuron
+    assert context.mean_log_degree.item() == pytest.approx(torch.log(degrees + 1.0).mean().item(), abs=1e-6)
+
+
+# What the shipped rules said of the same features before their contexts were made of batched graphs.
+FIXED = {
+    "FF": [7.105937519132e-04, -1.507338256057e-03, -7.551527579766e-04, 6.486078873408e-04, 1.020342027640e-03],
+    "LSTM": [4.980638634782e-04, -1.645658704975e-03, -2.646855285191e-04, 4.556777284725e-04, 5.157144313070e-05],
+    "NFN": [8.269229609646e-04, -2.982871809584e-03, -4.335284697553e-04, 5.848669674540e-05, 5.210037529013e-04],
+    "NG-GNN": [8.431179091485e-04, -6.963240005042e-04, -4.259346697186e-05, 2.188252789112e-03, -1.518744493826e-03],
+    "NG-T": [-2.162428921672e-03, 3.141188917736e-03, 2.496320952243e-03, 2.065483029930e-03, -7.211202341172e-03],
+}
+
+
+@each_method
+def test_shipped_optimizers_say_what_they_said(method):
+    layout = Layout.of(cnn(1, 2, 3, 2), torch.zeros(1, 1, 5, 5))
+    features = torch.arange(layout.count * FEATURES, dtype=torch.float64).view(1, -1, FEATURES).sin()
+    with torch.no_grad():
+        (changes,) = shipped(method).double()(features, layout)
+    assert changes[[0, 20, 50, 80, -1]].tolist() == pytest.approx(FIXED[method], rel=1e-9)
 
 
 @each_mode
