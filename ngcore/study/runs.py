@@ -32,7 +32,7 @@ from torch import Tensor
 from ngcore.files import REPOSITORY, write_atomically
 
 PACKAGE = Path(__file__).resolve().parents[1]
-ROOT = PACKAGE.parent
+ROOT = REPOSITORY or Path.cwd()  # where notebooks lie
 UNCOMMITTED = "-dirty"  # ends the commit of a record that was made by code that was not yet committed
 
 Record = dict[str, Any]
@@ -235,8 +235,8 @@ def environment(device: str) -> dict[str, Any]:
 @cache  # a process runs the code that it has imported, whatever is committed later
 def commit(package: Path = PACKAGE) -> str:
     """The checkout's commit, followed by "-dirty" where the package itself was changed since; "unknown" outside."""
-    if shutil.which("git") is None:
-        return "unknown"
+    if shutil.which("git") is None or (package == PACKAGE and REPOSITORY is None):
+        return "unknown"  # a wheel may lie in the checkout of something else
     name = _git(package, "rev-parse", "--short", "HEAD")
     if not name:
         return "unknown"
