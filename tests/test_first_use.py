@@ -1,6 +1,8 @@
 """What a user types first: models on graphs as they come, and what is said where they don't fit."""
 
 import inspect
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -142,3 +144,10 @@ def test_numbers_per_parameter_need_messages_along_the_edges():
         NGGNN(WIRING, PerParameter(), directions="reversed")
     with pytest.raises(ValueError, match=r"directions is one of both, .*, not 'sideways'"):
         NGGNN(WIRING, Scores(), directions="sideways")
+
+
+def test_a_number_in_place_of_a_head_is_told_what_a_head_is():
+    """Annotations are checked in tests alone, so a process without that is asked."""
+    code = "from ngcore.graph import mlp\nfrom ngcore.models import NGGNN\nNGGNN(mlp([2, 3, 1]), 10)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "TypeError: the second argument says what is asked for: Scores(10)" in found.stderr

@@ -34,6 +34,12 @@ Head = Scores | PerParameter
 Answer = Float[Tensor, "networks count"] | NeuralGraph | tuple[NeuralGraph, ...]
 
 
+def require_head(head: object) -> None:
+    """Raise a TypeError that says what a head is."""
+    if not isinstance(head, Scores | PerParameter):
+        raise TypeError(f"the second argument says what is asked for: Scores(10) or PerParameter(), not {head!r}")
+
+
 class ScoresHead(nn.Sequential):
     """An MLP with ReLU on the states of some neurons side by side, (networks, neurons * width).
 

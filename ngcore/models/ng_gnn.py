@@ -31,7 +31,7 @@ from ngcore.models.encoder import (
     frame_of,
     graphs_of,
 )
-from ngcore.models.heads import Answer, Head, PerParameter, PerParameterHead, ScoresHead, rename_old
+from ngcore.models.heads import Answer, Head, PerParameter, PerParameterHead, ScoresHead, rename_old, require_head
 from ngcore.models.kernels.dropout import dropout
 from ngcore.models.kernels.moments import Moments
 from ngcore.models.reading import prepared
@@ -346,6 +346,7 @@ class NGGNN(nn.Module):
         dropout: float = 0.2,
     ) -> None:
         super().__init__()
+        require_head(head)
         along, against = copies_of(directions)
         self.frame, self.directions = frame_of(networks), directions
         self.wiring = networks if isinstance(networks, Wiring) else None

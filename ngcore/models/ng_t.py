@@ -26,7 +26,7 @@ from ngcore.graph.batch import GraphBatch
 from ngcore.graph.collection import Collection
 from ngcore.graph.frame import Frame
 from ngcore.models.encoder import COMPILATION, Encoder, Networks, Normalization, Probing, frame_of
-from ngcore.models.heads import Answer, Head, PerParameter, PerParameterHead, ScoresHead, rename_old
+from ngcore.models.heads import Answer, Head, PerParameter, PerParameterHead, ScoresHead, rename_old, require_head
 from ngcore.models.kernels.dropout import dropout
 from ngcore.models.pairs import EVERY, Pairs, Places, of_stacks, pair_states, pairs_of
 from ngcore.models.reading import prepared
@@ -275,6 +275,7 @@ class NGT(nn.Module):
         dropout: float = 0.2,
     ) -> None:
         super().__init__()
+        require_head(head)
         self.frame, self.widths = frame_of(networks), widths
         self.wiring = networks if isinstance(networks, Wiring) else None
         self.encoder = Encoder(
