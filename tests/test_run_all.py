@@ -74,7 +74,7 @@ def test_installs_once_then_runs(project):
 
 def test_test_checks_style_then_tests(project):
     assert project.run("test").returncode == 0
-    assert project.log()[2:] == ["-m ruff check", "-m ruff format --check", "-m pytest"]
+    assert project.log()[2:] == ["-m ruff check", "-m ruff format --check", "-m pytest -n auto --dist worksteal"]
 
 
 def test_an_installation_that_failed_is_repeated(project):
@@ -166,7 +166,7 @@ def test_ci_calls_the_same_command(project):
     shutil.copy(ROOT / ".ci" / "run", project.root / ".ci")
     variables = {"VIRTUAL_ENV": str(project.bin.parent), "PATH": os.environ["PATH"]}
     subprocess.run([project.root / ".ci" / "run"], cwd="/", env=variables, check=True, capture_output=True)
-    assert project.log()[-1] == "-m pytest"
+    assert project.log()[-1] == "-m pytest -n auto --dist worksteal"
 
 
 def write_notebook(path, *sources, parameters='profile = "quick"\nsize = 1\ntrain = True\n'):
