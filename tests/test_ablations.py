@@ -21,7 +21,7 @@ from ngcore.graph.frame import Frame
 from ngcore.models import NGGNN, NGT, PerParameter, Scores
 from ngcore.models.encoder import ProbeFeatures, grid
 from ngcore.models.entries import StandardizedEntries
-from ngcore.models.ng_gnn import DIRECTIONS
+from ngcore.models.messages import DIRECTIONS
 from ngcore.reference.encoder import encoding, to_batch
 from ngcore.reference.ng_gnn import PlainNGGNN, PNAAggregation
 from ngcore.study import comparison, tables

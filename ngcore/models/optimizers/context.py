@@ -20,7 +20,8 @@ from ngcore.graph.architectures import cnn
 from ngcore.graph.batch import GraphBatch, batch_of
 from ngcore.graph.pyg import ROLES
 from ngcore.models.baselines.weight_space import EquivariantLayer, WeightSpace
-from ngcore.models.ng_gnn import Neighbours, PNALayer, degrees, messages_of, propagate
+from ngcore.models.messages import Neighbours, degrees, messages_of
+from ngcore.models.ng_gnn import PNALayer, propagate
 from ngcore.models.ng_t import NGTLayer, Widths, transform
 from ngcore.models.optimizers.layout import POSITIONS, Layout
 
