@@ -182,15 +182,7 @@ class ProbeFeatures(nn.Module):
 
     def __init__(self, frame: Frame, count: int, width: int, probing: Probing = "learned") -> None:
         super().__init__()
-        if probing not in ("learned", "random", "grid"):
-            raise ValueError(f"probing is one of learned, random, grid, not {probing!r}")
-        if frame.input_shape is None:
-            raise ValueError(
-                "probe features run the input networks, and these do not have inputs of one known shape: read them "
-                "with `trace`, which knows the operators between their neurons"
-            )
-        shape = frame.input_shape
-        points = grid(count, shape[0]) if probing == "grid" else torch.empty(count, *shape).uniform_(-1, 1)
+        points = probe_points(frame, count, probing)
         if probing == "learned":
             self.points = nn.Parameter(points)
         else:
@@ -217,6 +209,23 @@ class ProbeFeatures(nn.Module):
             values = run(graph, self.points)
         slots = [self.frame.slot(group, group.kind) for group in graph.wiring.groups]
         return torch.cat([self.norm[s](self.project[s](x)) for x, s in zip(values, slots, strict=True)], dim=1)
+
+
+def probe_points(frame: Frame, count: int, probing: Probing) -> Float[Tensor, "count ..."]:
+    """Inputs of networks at which probes start or stay, see `ProbeFeatures`.
+
+    Raises:
+        ValueError: the networks' inputs are not known or not of one shape; there is no such grid; an unknown `probing`.
+    """
+    if probing not in ("learned", "random", "grid"):
+        raise ValueError(f"probing is one of learned, random, grid, not {probing!r}")
+    shape = frame.input_shape
+    if shape is None:
+        raise ValueError(
+            "probe features run the input networks, and these do not have inputs of one known shape: read them "
+            "with `trace`, which knows the operators between their neurons"
+        )
+    return grid(count, shape[0]) if probing == "grid" else torch.empty(count, *shape).uniform_(-1, 1)
 
 
 def grid(count: int, inputs: int) -> Float[Tensor, "count inputs"]:

@@ -92,8 +92,15 @@ def train(problem: Problem, schedule: Schedule, seed: int, job: Job) -> Outcome:
         started = time.monotonic()
         job.stored.save_checkpoint(state | {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
         job.report(epoch, scores)
-    metrics = {**state["history"], "best_epoch": state["best_epoch"], **tested(problem, schedule, state)}
+    seen = networks_seen(problem, schedule)
+    counts = {"best_epoch": state["best_epoch"], "networks_seen": seen, "steps": seen // schedule.batch}
+    metrics = {**state["history"], **counts, **tested(problem, schedule, state)}
     return Outcome(metrics, state["best"], state["seconds"])
+
+
+def networks_seen(problem: Problem, schedule: Schedule) -> int:
+    """How many networks a whole training sees, in batches that are all full."""
+    return schedule.epochs * (problem.train_size // schedule.batch) * schedule.batch
 
 
 def optimizer_of(model: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:

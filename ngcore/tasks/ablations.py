@@ -201,7 +201,7 @@ def inr_configs(
         settings["augmentation"] = augmentation
     own = replace(inr_classification.schedule_of(parameters, parameters["epochs"]), **schedule)
     data = data if train is None else replace(data, train=train)
-    return inr_classification.row_configs(data, own, method, probes, seeds, **settings)
+    return [inr_classification.base_config(data, own, method, probes, seed, **settings) for seed in range(seeds)]
 
 
 def park_configs(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from ngcore.data.inrs.augment import Augmentation
@@ -16,23 +18,25 @@ from ngcore.data.inrs.sets import INRSet
 from ngcore.graph import Wiring
 from ngcore.graph.dialects import bias_nodes
 from ngcore.models import NGGNN, NGT, Scores
-from ngcore.models.baselines import MLP, DWSNet, SetNN
+from ngcore.models.baselines import MLP, DWSNet, PointsMLP, SetNN
 from ngcore.models.entries import StandardizedEntries
 from ngcore.models.signs import CanonicalSigns
+from ngcore.study.evidence import mean_of
 from ngcore.study.methods import Method
 from ngcore.study.plans import Plan, Runs
 from ngcore.study.run import Experiment
+from ngcore.study.runs import Record
 from ngcore.study.training import Schedule, by_training
 from ngcore.tasks.inr_sets import (
     WIRING,
     INRData,
     build,
-    by_probes,
     data_of,
     evaluation_batches,
     load_data,
     prepare,
 )
+from ngcore.tasks.rows import Row, of_dataset, rows_of
 from ngcore.tasks.variants import changed
 
 CLASSES = 10
@@ -58,7 +62,7 @@ class Config:
         method: a key of METHODS.
         probes: probe points of NG-GNN and NG-T.
         options: further arguments of the model, as pairs.
-        recipe: "paper" for a row of the tables, else the key of `RECIPES` that it was made by.
+        recipe: "paper" for the paper's way of training but for its scale, else what this one is called.
     """
 
     dataset: str
@@ -86,79 +90,38 @@ METHODS = {
     "MLP": Method(MLP, colour=7),
     "SetNN": Method(SetNN, colour=1),
     "DWSNet": Method(DWSNet, colour=2),
+    "Pixels": Method(partial(PointsMLP, probing="grid"), colour=5, probes=True),
+    "Points": Method(PointsMLP, colour=8, probes=True),
     "NG-GNN": Method(partial(_graph_model, NGGNN), colour=0, probes=True, micro_batch=8),
     "NG-T": Method(partial(_graph_model, NGT), colour=3, probes=True, micro_batch=4),
 }
+CONTROLS = ("Pixels", "Points")  # see the INR's picture at as many points as there are probes, and no weight
 
 
-ROWS = (
-    ("MLP", 0),
-    ("SetNN", 0),
-    ("DWSNet", 0),
-    *((method, probes) for method in ("NG-GNN", "NG-T") for probes in (0, 4, 16, 64)),
-)  # of tables 3 and 4: method and number of probe features
-
-
-# Ways of training that are not the paper's: what differs from a row of the tables, see `changed`. Under "smooth",
-# nearby weights get nearby Fourier features.
-RECIPES: dict[str, dict[str, Any]] = {
-    "smooth": {"sigma": 0.3},
-    "canonical signs": {"signs": "canonical"},
-    "batches of 32": {"batch": 32},
-    "constant rate": {"decay": False},
-    "rate 3e-3": {"learning_rate": 3e-3},
-    "200 warm-up steps": {"warmup": 200},
-    "half the augmentation": {"augmentation": Augmentation(0.125, 22.5, 0.1, 5e-3)},
-    "augmentation": {"augmentation": Augmentation()},
-}
-
-
-def row_configs(
+def base_config(
     data: INRData,
     schedule: Schedule,
     method: str,
     probes: int,
-    seeds: int,
+    seed: int,
     *,
     dropout: float,
     augmentation: Augmentation | None = None,
-) -> list[Config]:
-    """The runs of one row of a table, a seed each; dropout and augmentation are of all methods alike."""
-    options = (("dropout", dropout),)
-    return [Config(data.dataset, method, probes, seed, data, schedule, augmentation, options) for seed in range(seeds)]
+) -> Config:
+    """A run as the paper has it, but for the scale; dropout and augmentation are of all methods alike."""
+    return Config(data.dataset, method, probes, seed, data, schedule, augmentation, (("dropout", dropout),))
 
 
-def table_configs(data: INRData, schedule: Schedule, *, seeds: Mapping[int, int], **settings: Any) -> list[Config]:
-    """The runs of one table: the paper's eleven rows.
+def row_config(row: Row, *base: Any, **settings: Any) -> Config:
+    """The run of a table's row; `base` and `settings` are those of `base_config`.
 
-    Args:
-        seeds: number of probe features -> number of seeds.
-        settings: of all rows, see `row_configs`.
+    A row's changes are those of `changed`, and `augment`: whether INRs are augmented.
     """
-    return [
-        config
-        for method, probes in ROWS
-        for config in row_configs(data, schedule, method, probes, seeds[probes], **settings)
-    ]
-
-
-def recipe_configs(configs: Collection[Config], recipe: str, rows: Collection[tuple[str, int, int]]) -> list[Config]:
-    """Of some rows (method, probes, seeds) of a table the same runs by another recipe.
-
-    Raises:
-        ValueError: an unknown recipe; a row that the table has not, or not with so many seeds.
-    """
-    if recipe not in RECIPES:
-        raise ValueError(f"unknown recipe {recipe!r}; there are {', '.join(RECIPES)}")
-    found = []
-    for method, probes, seeds in rows:
-        own = [config for config in configs if (config.method, config.probes) == (method, probes)]
-        if not 0 < seeds <= len(own):
-            raise ValueError(
-                f"{recipe!r} asks for {seeds} seeds of {method} with {probes} probe features, the table has {len(own)}"
-            )
-        found += [changed(config, **RECIPES[recipe], recipe=recipe) for config in own[:seeds]]
-    return found
+    changes = dict(row.changes)
+    if "augment" in changes:
+        changes["augmentation"] = Augmentation() if changes.pop("augment") else None
+    config = base_config(*base, row.method, row.probes, row.seed, **settings)
+    return changed(config, recipe=row.recipe, **changes)
 
 
 # How biases stand on the graph: as features of the neurons that they belong to, or as edges from nodes of their own.
@@ -216,13 +179,30 @@ class Classification:
     def test(self) -> dict[str, Any]:
         scores, labels = self.logits(self.sets["test"]), self.sets["test"].labels
         predicted = scores.argmax(1)
-        confusion = torch.zeros(CLASSES, CLASSES, dtype=torch.long, device=labels.device)
-        confusion.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)
         return {
             "test_loss": F.cross_entropy(scores, labels).item(),
             "test_accuracy": (predicted == labels).float().mean().item(),
-            "test_confusion": confusion.tolist(),
+            "test_labels": "".join(map(str, labels.tolist())),
+            "test_predicted": "".join(map(str, predicted.tolist())),
         }
+
+
+def is_right(record: Record) -> Bool[np.ndarray, " n"]:
+    """Whether each test INR was classified as what it is."""
+    predicted, labels = (list(record["metrics"][f"test_{name}"]) for name in ("predicted", "labels"))
+    return np.array(predicted) == np.array(labels)
+
+
+ACCURACY = mean_of(is_right, 100)  # in per cent
+
+
+def confusion(records: Sequence[Record]) -> Int[np.ndarray, "classes classes"]:
+    """Test INRs of runs by true (rows) and predicted class."""
+    counts = np.zeros((CLASSES, CLASSES), dtype=int)
+    for record in records:
+        labels, predicted = (np.array([*map(int, record["metrics"][f"test_{n}"])]) for n in ("labels", "predicted"))
+        np.add.at(counts, (labels, predicted), 1)
+    return counts
 
 
 def load(config: Config, device: str) -> tuple[dict[str, INRSet], str]:
@@ -255,15 +235,12 @@ def schedule_of(parameters: Mapping[str, Any], epochs: int) -> Schedule:
 
 
 def runs(parameters: Mapping[str, Any]) -> Runs:
-    """Tables 3 and 4, and some of their rows by other recipes."""
+    """Tables 3 and 4, row by row."""
     configs = []
     for name in parameters["datasets"]:
-        data, schedule = data_of(parameters, name), schedule_of(parameters, parameters["epochs"][name])
-        seeds = by_probes(parameters["seeds"][name])
-        table = table_configs(data, schedule, seeds=seeds, **settings_of(parameters))
-        configs += table
-        for recipe, rows in parameters["recipes"][name].items():
-            configs += recipe_configs(table, recipe, [tuple(row) for row in rows])
+        base = data_of(parameters, name), schedule_of(parameters, of_dataset(parameters["epochs"], name))
+        rows = rows_of(parameters["rows"][name])
+        configs += [row_config(row, *base, **settings_of(parameters)) for row in rows]
     return (yield configs)
 
 

@@ -21,6 +21,7 @@ from ngcore.study.methods import Methods, known
 from ngcore.study.runs import Record, cache_directory
 from ngcore.study.tables import describe_scale
 from ngcore.tasks.archives import archive_of, read_inrs
+from ngcore.tasks.rows import of_dataset
 
 EVALUATION_BATCH = {"cpu": 64, "cuda": 256}
 WIRING = mlp(siren.SIZES, "siren")
@@ -45,21 +46,14 @@ class INRData:
 
 
 def data_of(parameters: Mapping[str, Any], dataset: str) -> INRData:
-    """The INRs that a notebook's parameters ask for: published ones where the user has them, else fitted ones, whose
-    steps and rate may be given by data set."""
+    """The INRs that a notebook's parameters ask for: published ones where the user has them, else fitted ones. Every
+    parameter may be given by data set."""
     archive = archive_of(dataset)
+    names = ("train_size", "validation_size", "test_size", "inr_steps", "inr_learning_rate")
+    *counts, steps, rate = (of_dataset(parameters[name], dataset) for name in names)
     if archive is not None:
-        counts = (parameters[f"{name}_size"] for name in ("train", "validation", "test"))
         return INRData(dataset, *counts, archive=archive)
-    steps, rate = (parameters[name] for name in ("inr_steps", "inr_learning_rate"))
-    return INRData(
-        dataset,
-        parameters["train_size"],
-        parameters["validation_size"],
-        parameters["test_size"],
-        steps[dataset] if isinstance(steps, Mapping) else steps,
-        rate[dataset] if isinstance(rate, Mapping) else rate,
-    )
+    return INRData(dataset, *counts, steps, rate)
 
 
 def by_probes(seeds: Mapping[str, int]) -> dict[int, int]:

@@ -1,4 +1,4 @@
-"""A run with something about it changed: what ablations and recipes have in common."""
+"""A run with something about it changed: what ablations and rows of tables have in common."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ def changed(config: Any, **changes: Any) -> Any:
     if scheduled:
         fields["schedule"] = replace(config.schedule, **scheduled)
     if options:
-        fields["options"] = (*config.options, *options.items())
+        fields["options"] = tuple((dict(config.options) | options).items())
     return replace(config, **fields)
