@@ -12,7 +12,7 @@ from ngcore.models.optimizers import METHODS, Layout, LearnedOptimizer
 from ngcore.models.optimizers.files import save
 from ngcore.models.optimizers.meta import Learner, MetaTraining, meta_backward, unroll
 from ngcore.models.optimizers.problem import FIRST_SEED, Task, train_network
-from ngcore.study.runs import RunError, StoredRun
+from ngcore.study.runs import RunError, StoredRun, identity
 from ngcore.tasks import execute, learning_to_optimize, meta_training
 from ngcore.tasks.meta_training import Config
 from ngcore.tasks.optimization import ImageTask, task_cnn
@@ -123,11 +123,44 @@ def test_networks_are_trained_on_in_turns():
     assert training.started == 3
 
 
+def test_a_validation_is_the_mean_over_its_networks():
+    """Each is trained by itself from a seed of its own; one that diverges counts as 0."""
+    training = MetaTraining(config_of("FF", validation_networks=3, validation_steps=5).settings, tiny_task())
+    seeds = [FIRST_SEED["validation"] + i for i in range(3)]
+    alone = [train_network(training.task, training.bind, seed, 5, (5,))["accuracy"][-1] for seed in seeds]
+    assert len(set(alone)) > 1
+    assert training.validate() == pytest.approx(sum(alone) / 3)
+
+
+def test_the_outer_rate_falls_along_half_a_cosine():
+    training = MetaTraining(config_of("FF", decay_steps=4, learning_rate=0.02).settings, TINY.task("validation"))
+    before = [p.clone() for p in training.rule.parameters()]
+    rates, moved = [], []
+    for step in range(5):
+        training.outer_step(step)
+        rates.append(training.outer.param_groups[0]["lr"])
+        moved.append(
+            max((p - old).abs().max().item() for p, old in zip(training.rule.parameters(), before, strict=True))
+        )
+        before = [p.detach().clone() for p in training.rule.parameters()]
+    half = math.sqrt(0.5)
+    assert rates == pytest.approx([0.02, 0.01 * (1 + half), 0.01, 0.01 * (1 - half), 0.0])
+    assert moved[0] == pytest.approx(0.02, rel=1e-3)  # Adam's first step
+    assert moved[4] == 0
+    assert config_of("FF").settings.rate(10**6) == config_of("FF").learning_rate
+
+
+def test_a_run_of_one_validation_network_has_its_old_name():
+    """Fields that are newer than stored runs stand in a name only where they are used."""
+    assert not {"validation_networks", "decay_steps"} & identity(config_of("FF")).keys()
+    assert identity(config_of("FF", decay_steps=4))["decay_steps"] == 4
+
+
 @each_method
 def test_an_interrupted_run_ends_as_if_it_was_not(method, monkeypatch, tmp_path):
     """Stopped after every outer step once: the same weights, losses and scores, bit for bit."""
     monkeypatch.setattr(meta_training, "CHECKPOINT_EVERY", 1)
-    config = config_of(method)
+    config = config_of(method, decay_steps=4, validation_networks=2)
     expected = execute(config)
     place = StoredRun.of(config, TINY.task("validation").digest, tmp_path)
     weights = place.weights()
@@ -297,6 +330,7 @@ def test_dropout_is_drawn_from_the_seed():
         ({"horizon": 7}, "the horizon, 7 steps, is no multiple of 3 inner steps"),
         ({"outer_steps": 0}, "at least one outer step"),
         ({"inner_steps": 1, "horizon": 6}, "two inner steps"),
+        ({"validation_networks": 0}, "a validation needs at least one network, got 0"),
     ],
 )
 def test_meta_training_that_makes_no_sense_is_refused(changes, message):

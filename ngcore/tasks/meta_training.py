@@ -41,9 +41,11 @@ class Config:
         horizon: steps after which a new network takes a network's place.
         networks: that are under way, at ages spread over the horizon; outer steps train them on in turns.
         learning_rate: of the outer Adam.
+        decay_steps: outer steps over which it falls to 0 along half a cosine; 0 leaves it as it is.
         clip: largest norm of the outer gradient.
         validate_every: outer steps between validations.
-        validation_steps: of the network that a validation trains; its accuracy after them is the score.
+        validation_steps: of the networks that a validation trains; their accuracy after them is the score.
+        validation_networks: whose mean is the score.
         options: further arguments of `LearnedOptimizer`, as pairs.
     """
 
@@ -59,6 +61,8 @@ class Config:
     clip: float = 1.0
     validate_every: int = 50
     validation_steps: int = 1000
+    validation_networks: int = 1
+    decay_steps: int = 0
     options: tuple[tuple[str, Any], ...] = ()
     task: str = "meta_training"
 

@@ -17,6 +17,8 @@ of 0.87 to 0.99, for unrolls of 10, 30 and 100 steps, two networks each.
 
 from __future__ import annotations
 
+import math
+import statistics
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,8 +41,10 @@ class Settings:
         horizon: steps after which a new network takes a network's place.
         networks: that are under way, at ages spread over the horizon; outer steps train them on in turns.
         learning_rate: of the outer Adam.
+        decay_steps: outer steps over which it falls to 0 along half a cosine; 0 leaves it as it is.
         clip: largest norm of the outer gradient.
-        validation_steps: of the network that a validation trains; its accuracy after them is the score.
+        validation_steps: of the networks that a validation trains; their accuracy after them is the score.
+        validation_networks: whose mean is the score.
         options: further arguments of `LearnedOptimizer`, as pairs.
 
     Raises:
@@ -55,6 +59,8 @@ class Settings:
     learning_rate: float = 1e-3
     clip: float = 1.0
     validation_steps: int = 1000
+    validation_networks: int = 1
+    decay_steps: int = 0
     options: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
@@ -63,8 +69,16 @@ class Settings:
                 "meta-training needs at least one network and two inner steps, got "
                 f"{self.networks} and {self.inner_steps}"
             )
+        if self.validation_networks < 1:
+            raise ValueError(f"a validation needs at least one network, got {self.validation_networks}")
         if self.horizon < self.inner_steps or self.horizon % self.inner_steps:
             raise ValueError(f"the horizon, {self.horizon} steps, is no multiple of {self.inner_steps} inner steps")
+
+    def rate(self, step: int) -> float:
+        """The learning rate of an outer step, counted from 0."""
+        if self.decay_steps == 0:
+            return self.learning_rate
+        return self.learning_rate * (1 + math.cos(math.pi * min(1.0, step / self.decay_steps))) / 2
 
 
 @dataclass
@@ -163,14 +177,19 @@ class MetaTraining:
             raise FloatingPointError(
                 f"outer step {step} of {settings.method}: the gradient of its own weights is not finite"
             )
+        for group in self.outer.param_groups:
+            group["lr"] = settings.rate(step)
         self.outer.step()
         return losses.mean().item()
 
     def validate(self) -> float:
-        """Accuracy on validation images of a network that the optimizer trains; 0 where that diverges."""
-        steps = self.settings.validation_steps
-        found = train_network(self.task, self.bind, FIRST_SEED["validation"], steps, measured=(steps,))
-        return 0.0 if found["diverged_at"] is not None else found["accuracy"][-1]
+        """Accuracy on validation images of networks that the optimizer trains, their mean; 0 for one that diverges."""
+        steps, first = self.settings.validation_steps, FIRST_SEED["validation"]
+        found = [
+            train_network(self.task, self.bind, first + i, steps, measured=(steps,))
+            for i in range(self.settings.validation_networks)
+        ]
+        return statistics.mean(0.0 if own["diverged_at"] is not None else own["accuracy"][-1] for own in found)
 
     def state(self) -> dict[str, Any]:
         """All that the next outer step depends on."""
