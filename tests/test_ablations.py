@@ -30,6 +30,7 @@ from ngcore.study.training import Schedule
 from ngcore.tasks import ablations, architectural_noise, execute, generalization, inr_classification, loss_curves, zoos
 from ngcore.tasks.inr_classification import Config, build_model
 from ngcore.tasks.inr_sets import WIRING, INRData
+from ngcore.tasks.rows import rows_of
 from ngcore.tasks.variants import changed as changed_config
 
 SMALL_PARK = zoos.Zoo(24, wild_park.Recipe(64, 50, 2, 2))
@@ -375,7 +376,7 @@ def test_tables_show_differences_with_their_intervals(tmp_path):
         for seed, score in enumerate(scores)
     ]
     table = comparison.differences(records, "base", metric="score")
-    tables.write_table(table, tmp_path, "table", "About.", best=False)
+    tables.write_table(table, tmp_path, "table", "About.")
     assert "| m | other | 2.5 ± 0.8 | 2 | +1.1 (+0.4 to +1.7) | better |" in (tmp_path / "table.md").read_text()
     assert "low,high" in (tmp_path / "table.csv").read_text()
 
@@ -383,8 +384,9 @@ def test_tables_show_differences_with_their_intervals(tmp_path):
 def test_full_models_are_the_tables_own_runs_and_are_told_by_question():
     data = INRData("mnist", 32, 16, 16, 5, 1e-3)
     settings_ = {"dropout": 0.0}
-    table = inr_classification.table_configs(data, Schedule(1, 16), seeds={0: 1, 4: 1, 16: 1, 64: 1}, **settings_)
-    own = inr_classification.row_configs(data, Schedule(1, 16), "NG-GNN", 64, 1, **settings_)
+    rows = rows_of([{"methods": ["NG-GNN", "NG-T"], "probes": [0, 64]}])
+    table = [inr_classification.row_config(row, data, Schedule(1, 16), **settings_) for row in rows]
+    own = [inr_classification.base_config(data, Schedule(1, 16), "NG-GNN", 64, 0, **settings_)]
     assert set(own) <= set(table)
     trials = ablations.trials("biases", own) + ablations.trials("normalization", own)
     assert [trial.config in table for trial in trials] == [True, False, True, False, False]
@@ -435,7 +437,7 @@ def test_gap_at_equal_fit_is_the_mean_distance_of_the_curves():
 
 def test_loss_curves_measure_both_losses_in_evaluation_mode():
     data = INRData("mnist", 32, 16, 16, 5, 1e-3)
-    (config,) = inr_classification.row_configs(data, Schedule(2, 16), "DWSNet", 0, 1, dropout=0.5)
+    config = inr_classification.base_config(data, Schedule(2, 16), "DWSNet", 0, 0, dropout=0.5)
     record = execute(loss_curves.Config.of(config))
     assert record["config"]["task"] == "loss_curves"
     assert len(record["metrics"]["fitted"]) == len(record["metrics"]["tested"]) == 2

@@ -307,43 +307,6 @@ def test_probes_for_a_method_without_them_are_an_error():
         task.build_model("MLP", probes=4)
 
 
-def test_the_table_has_the_papers_rows():
-    configs = task.table_configs(
-        DATA,
-        SCHEDULE,
-        seeds={0: 2, 4: 1, 16: 1, 64: 2},
-        dropout=0.1,
-        augmentation=None,
-    )
-    assert len({(c.method, c.probes) for c in configs}) == 11
-    assert len(configs) == 3 * 2 + 2 * (2 + 1 + 1 + 2)
-    variants = task.recipe_configs(configs, "smooth", [("NG-GNN", 0, 2), ("NG-T", 64, 1)])
-    rows = [(v.method, v.probes, v.seed, v.recipe) for v in variants]
-    assert rows == [("NG-GNN", 0, 0, "smooth"), ("NG-GNN", 0, 1, "smooth"), ("NG-T", 64, 0, "smooth")]
-    assert dict(variants[0].options) == {"dropout": 0.1, "sigma": 0.3}
-
-
-@pytest.mark.parametrize("recipe", task.RECIPES)
-def test_every_recipe_differs_from_the_tables_in_what_it_names_alone(recipe):
-    (plain,) = task.row_configs(DATA, replace(SCHEDULE, decay=True), "NG-GNN", 0, 1, dropout=0.1)
-    (config,) = task.recipe_configs([plain], recipe, [("NG-GNN", 0, 1)])
-    fields = dataclasses.asdict(config) | dataclasses.asdict(config.schedule) | dict(config.options)
-    before = dataclasses.asdict(plain) | dataclasses.asdict(plain.schedule) | dict(plain.options)
-    differs = {name for name in fields if fields[name] != before.get(name)} - {"schedule", "options", "recipe"}
-    assert differs == set(task.RECIPES[recipe])
-    assert config.recipe == recipe
-
-
-def test_recipes_and_rows_that_are_not_there_are_errors():
-    (config,) = task.row_configs(DATA, SCHEDULE, "NG-GNN", 16, 1, dropout=0.1)
-    with pytest.raises(ValueError, match="unknown recipe 'salt'; there are smooth, canonical signs"):
-        task.recipe_configs([config], "salt", [])
-    with pytest.raises(ValueError, match="'smooth' asks for 2 seeds of NG-GNN with 16 probe features, the table has 1"):
-        task.recipe_configs([config], "smooth", [("NG-GNN", 16, 2)])
-    with pytest.raises(ValueError, match="1 seeds of NG-T with 16 probe features, the table has 0"):
-        task.recipe_configs([config], "smooth", [("NG-T", 16, 1)])
-
-
 def test_learning_rates():
     schedule = Schedule(epochs=1, learning_rate=2.0, warmup=4)
     assert [learning_rate(schedule, step, 10) for step in (0, 1, 3, 9)] == [0.5, 1.0, 2.0, 2.0]

@@ -114,35 +114,35 @@ def test_latex_and_markdown_rows(table, tmp_path):
     latex = (tmp_path / "table_3.tex").read_text()
     assert r"\caption{Accuracy (\%).}" in latex
     assert r"mnist & MLP & 0 & 12.3 & 1 & 17.6 $\pm$ 0.0 \\" in latex
-    assert r"mnist & NG-T & 0 & 50.0 $\pm$ 10.0 & 3 & \textbf{92.4} \\" in latex
-    assert r"mnist & NG-T & 64 & \textbf{90.0} & 1 &  \\" in latex
+    assert r"mnist & NG-T & 0 & 50.0 $\pm$ 10.0 & 3 & 92.4 \\" in latex
+    assert r"mnist & NG-T & 64 & 90.0 & 1 &  \\" in latex
     markdown = (tmp_path / "table_3.md").read_text()
     assert markdown.startswith("Accuracy (%).\n\n| Data set | Method | Probe features | Ours | Seeds | Paper |\n")
-    assert "| mnist | NG-T | 64 | **90.0** | 1 |  |" in markdown
+    assert "| mnist | NG-T | 64 | 90.0 | 1 |  |" in markdown
 
 
-def test_best_is_per_data_set_ties_as_displayed_and_can_be_lowest(tmp_path):
-    records = [record("MLP", 0, 0, 1.04), record("NG-T", 0, 0, 0.96), record("SetNN", 0, 0, 2.0)]
-    records.append(record("MLP", 0, 0, 5.0, dataset="other"))
-    write_table(summarize(records, metric="accuracy"), tmp_path, "t", "c", lower_is_better=True)
+def test_bold_is_what_is_best_by_its_interval(table, tmp_path):
+    marked = table.assign(low=[11.0, 45.0, math.nan], high=[13.0, 55.0, math.nan], best=[False, True, False])
+    write_table(marked, tmp_path, "t", "c")
     markdown = (tmp_path / "t.md").read_text()
-    assert markdown.count("**") == 6  # 1.0 twice, and the other data set's only row
-    assert "| other | MLP | 0 | **5.0** | 1 |" in markdown
-    assert "| mnist | SetNN | 0 | 2.0 | 1 |" in markdown
-
-
-def test_best_is_per_target_where_rows_are_apart_by_it(tmp_path):
-    columns = {"target": ["epoch", "epoch", "activation"], "method": ["StatNN", "NG-T", "NG-T"], "seeds": [1, 1, 1]}
-    table = pd.DataFrame(columns | {"mean": [0.2, 0.4, 0.9], "std": [math.nan] * 3})
-    write_table(table, tmp_path, "t", "caption", decimals=1, apart=["target"])
-    rows = (tmp_path / "t.md").read_text().splitlines()[4:]
-    assert [("**" in row) for row in rows] == [False, True, True]
-
-
-def test_a_table_without_winners_has_no_bold_cell(table, tmp_path):
-    write_table(table, tmp_path, "t", "c", best=False)
+    assert "| mnist | NG-T | 0 | **50.0 ± 10.0** | 45.0 to 55.0 | 3 | 92.4 |" in markdown
+    assert markdown.count("**") == 2
+    assert r"\textbf{50.0 $\pm$ 10.0} & 45.0 to 55.0" in (tmp_path / "t.tex").read_text()
+    write_table(table, tmp_path, "t", "c")
     assert "**" not in (tmp_path / "t.md").read_text()
     assert "textbf" not in (tmp_path / "t.tex").read_text()
+
+
+def test_tables_say_how_much_was_seen(records, tmp_path):
+    for one in records[:3]:
+        one["metrics"] |= {"networks_seen": 385_000, "steps": 12_031}
+    table = summarize(records, metric="accuracy", methods=METHODS)
+    assert table["networks_seen"].tolist() == [pd.NA, 385_000, pd.NA]
+    write_table(table, tmp_path, "t", "c")
+    header, _, mlp, ng_t, _ = (tmp_path / "t.md").read_text().splitlines()[2:]
+    assert header.endswith("| Ours | Seeds | Networks seen | Gradient steps |")
+    assert mlp.endswith("| 0.1 | 1 |  |  |")
+    assert ng_t.endswith("| 0.5 ± 0.1 | 3 | 385,000 | 12,031 |")
 
 
 def test_special_characters(tmp_path):
@@ -182,12 +182,38 @@ def test_probe_curve_draws_ours_and_the_papers(table, ax):
     (bars,) = ax.containers
     line, _, (error,) = bars
     np.testing.assert_allclose(line.get_xydata(), [[0, 50], [1, 90]])
+    points = {tuple(line.get_xydata()[0]): line for line in ax.lines if len(line.get_xydata()) == 1}
+    assert points[0, 50].get_markerfacecolor() != "white"
+    assert points[1, 90].get_markerfacecolor() == "white"  # one seed
     heights = [float(np.ptp(segment[:, 1])) for segment in error.get_segments()]
     np.testing.assert_allclose(heights, [20, 0])  # one standard deviation up and down; none for one seed
     assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "64"]
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["MLP", "NG-T", "paper"]
     dashed = [line for line in ax.lines if line.get_linestyle() == "--"]
     assert sorted(float(line.get_ydata()[0]) for line in dashed) == [17.6, 92.4]
+
+
+def test_bars_are_intervals_where_there_are_any_and_controls_are_dotted(table, ax):
+    methods = METHODS | {"MLP": Method(colour=7, is_control=True)}
+    figures.probe_curve(table.assign(low=[10.0, 45.0, 88.0], high=[13.0, 58.0, 91.0]), ax, methods=methods)
+    ((_, _, (error,)),) = ax.containers
+    ends = [segment[:, 1].tolist() for segment in error.get_segments()]
+    np.testing.assert_allclose(ends, [[45, 58], [88, 91]])
+    styles = {line.get_label(): line.get_linestyle() for line in ax.lines}
+    assert (styles["MLP"], styles["NG-T"]) == (":", "-")
+
+
+def test_curves_against_what_was_seen(table, ax):
+    records = [record("NG-T", 0, seed, 0.5, recipe="paper") for seed in (0, 1)]
+    records.append(record("NG-T", 0, 0, 0.7, recipe="own"))
+    for one in records:
+        one["metrics"]["networks_seen"] = 3000
+    figures.against_seen(records, ax, "curve", table, seen=5_500_000, scale=100, ylabel="%", methods=METHODS)
+    lines = {line.get_label(): line.get_xydata().tolist() for line in ax.lines}
+    assert lines["NG-T"] == [[1500, 25], [3000, 50]]
+    assert lines["NG-T, own"] == [[1500, 35], [3000, 70]]
+    assert [[5_500_000, 92.4]] in lines.values()
+    assert ax.get_xscale() == "log"
 
 
 def test_a_methods_look_comes_from_its_table(ax):
@@ -209,11 +235,11 @@ def test_a_table_of_ones_own_is_drawn_and_written(ax, tmp_path):
     figures.probe_curve(table, ax)
     (bars,) = ax.containers
     np.testing.assert_allclose(bars[0].get_xydata(), [[0, 0.5], [1, 0.54]])
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["plain", "mine"]
-    write_table(table.assign(kept_apart="x"), tmp_path, "t", "c", apart=[], headings={"probes": "Points"})
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["mine", "plain"]
+    write_table(table.assign(kept_apart="x"), tmp_path, "t", "c", headings={"probes": "Points"})
     header, _, first, *_ = (tmp_path / "t.md").read_text().splitlines()[2:]
     assert header == "| Data set | Method | Points | Ours | Seeds | Kept apart |"
-    assert first == "| mnist | mine | 0 | **0.5 ± 0.0** | 2 | x |"
+    assert first == "| mnist | mine | 0 | 0.5 ± 0.0 | 2 | x |"
 
 
 def test_training_curves_are_means_over_seeds(records, ax):

@@ -74,11 +74,13 @@ def save_figure(fig: Figure, directory: Path, name: str) -> None:
 def probe_curve(table: pd.DataFrame, ax: Axes, *, ylabel: str = "Test accuracy (%)", methods: Methods = _NONE) -> None:
     """Metric against the number of probe features (paper, figure 2): ours solid, the paper's, if any, faint dashes.
 
-    Methods that take probe features are drawn along them, with error bars of one standard deviation over seeds; any
-    other is a horizontal line. What a method that is not among `methods` takes is seen from its rows.
+    Methods that take probe features are drawn along them, any other is a horizontal line, and controls are dotted.
+    Error bars are the table's intervals, if it has them, else one standard deviation over seeds. A point of one seed is
+    hollow. What a method that is not among `methods` takes is seen from its rows.
 
     Args:
-        table: one data set of `summarize` or `beside_published`; columns method, probes, mean, std, perhaps paper_mean.
+        table: one data set of `summarize` or `beside_published`; columns method, probes, mean, std, seeds, perhaps low,
+            high, paper_mean.
     """
     names = list(table["method"].unique())
     curves = [name for name in names if _takes_probes(methods, name, table[table["method"] == name]["probes"])]
@@ -89,10 +91,14 @@ def probe_curve(table: pd.DataFrame, ax: Axes, *, ylabel: str = "Test accuracy (
         rows, colour = table[table["method"] == name], _colour(methods, name, i)
         if name in curves:
             x, marker = rows["probes"].map(probes.index), _MARKERS[curves.index(name) % len(_MARKERS)]
-            ax.errorbar(x, rows["mean"], rows["std"].fillna(0), color=colour, marker=marker, capsize=3, label=name)
+            line = _line(methods, name)
+            ax.errorbar(x, rows["mean"], _bars(rows), color=colour, linestyle=line, capsize=3)
+            ax.plot([], [], color=colour, marker=marker, linestyle=line, label=name)
+            for point, mean, seeds in zip(x, rows["mean"], rows["seeds"], strict=True):
+                ax.plot(point, mean, color=colour, marker=marker, markerfacecolor="white" if seeds == 1 else colour)
             ax.plot(x, paper[rows.index], color=colour, marker=marker, linestyle="dashed", alpha=0.4)
         else:
-            ax.axhline(rows["mean"].iloc[0], color=colour, label=name)
+            ax.axhline(rows["mean"].iloc[0], color=colour, linestyle=_line(methods, name), label=name)
             ax.axhline(paper[rows.index].iloc[0], color=colour, linestyle="dashed", alpha=0.4)
     ax.set_xticks(range(len(probes)), [str(count) for count in probes])
     ax.set_xlabel("Number of probe features")
@@ -101,6 +107,20 @@ def probe_curve(table: pd.DataFrame, ax: Axes, *, ylabel: str = "Test accuracy (
     if has_paper:
         handles.append(Line2D([], [], color="grey", linestyle="dashed", alpha=0.6, label="paper"))
     ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def _line(methods: Methods, name: str) -> str:
+    """The line of a method: controls are dotted."""
+    return "dotted" if name in methods and methods[name].is_control else "solid"
+
+
+def _bars(rows: pd.DataFrame) -> np.ndarray:
+    """Lengths of error bars, (2, rows) down and up: 0 where nothing is known."""
+    if "low" in rows:
+        ends = [rows["mean"] - rows["low"], rows["high"] - rows["mean"]]
+    else:
+        ends = [rows["std"], rows["std"]]
+    return np.nan_to_num(np.array(ends, dtype=float))
 
 
 def _takes_probes(methods: Methods, name: str, probes: pd.Series) -> bool:
@@ -155,6 +175,47 @@ def training_curves(
     ax.set_xlim(0.5, len(epochs) + 0.5)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_ylabel(ylabel or quantity)
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def against_seen(
+    records: Sequence[Mapping[str, Any]],
+    ax: Axes,
+    quantity: str,
+    published: pd.DataFrame,
+    *,
+    seen: int,
+    scale: int | float = 1,
+    ylabel: str,
+    methods: Methods = _NONE,
+) -> None:
+    """A validated quantity against the networks that a training has seen, with the paper's final levels.
+
+    Args:
+        records: of which those that differ in seed alone make one line, their mean; controls are dotted.
+        quantity: a name in the metrics, one number an epoch.
+        published: of `beside_published`; columns method, probes, paper_mean.
+        seen: networks that the paper's trainings see.
+    """
+    groups: dict[tuple[str, int, str], list[Mapping[str, Any]]] = {}
+    for record in records:
+        config = record["config"]
+        groups.setdefault((config["method"], config["probes"], config["recipe"]), []).append(record["metrics"])
+    counts = sorted({probes for _, probes, _ in groups})
+    for method, probes, recipe in sorted(groups, key=lambda key: (method_order(methods, key[0]), key[1:])):
+        own, colour = groups[method, probes, recipe], _colour(methods, method)
+        values = scale * np.mean([metrics[quantity] for metrics in own], axis=0)
+        x = own[0]["networks_seen"] * np.arange(1, len(values) + 1) / len(values)
+        parts = [method, f"{probes} probes" if probes else "", recipe if recipe != "paper" else ""]
+        line = _LINES[counts.index(probes) % 3] if _line(methods, method) == "solid" else "dotted"
+        marker = _MARKERS[counts.index(probes) % len(_MARKERS)] if recipe == "paper" else "x"
+        label = ", ".join(part for part in parts if part)
+        ax.plot(x, values, color=colour, linestyle=line, marker=marker, markersize=4, label=label)
+        level = published[(published["method"] == method) & (published["probes"] == probes)]["paper_mean"].dropna()
+        if len(level) and recipe == "paper":
+            ax.plot(seen, level.iloc[0], color=colour, marker=marker, markersize=6, markerfacecolor="white")
+    ax.plot([], [], color="grey", marker="o", markerfacecolor="white", linestyle="", label="paper, at its end")
+    ax.set(xscale="log", xlabel="Networks seen in training", ylabel=ylabel)
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 

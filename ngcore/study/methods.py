@@ -18,6 +18,7 @@ class Method:
         probes: whether it takes probe features.
         micro_batch: networks per pass that suit a CPU's cache; 0 for the whole batch.
         chunk: networks of like size that are read together; None for all of a batch.
+        is_control: a trivial baseline, which a claim has to beat; figures dot its line.
     """
 
     build: Callable[..., Any] | None = None
@@ -26,6 +27,7 @@ class Method:
     probes: bool = False
     micro_batch: int = 0
     chunk: int | None = None
+    is_control: bool = False
 
 
 Methods = Mapping[str, Method]

@@ -20,12 +20,16 @@ from ngcore.study.methods import Methods, method_order
 
 REPORTED = SHIPPED / "reported.yaml"
 
-_NUMBERS = ("mean", "paper_mean", "difference")  # though they are shown with their deviations or intervals
+_NUMBERS = ("mean", "interval", "paper_mean", "difference")  # though they are shown with deviations or as two
+_COUNTS = ("networks_seen", "steps")  # of training, in a record's metrics
 _HEADINGS = {
     "dataset": "Data set",
     "probes": "Probe features",
     "difference": "Difference, 95 % interval",
     "mean": "Ours",
+    "interval": "95 % interval",
+    "networks_seen": "Networks seen",
+    "steps": "Gradient steps",
     "paper_mean": "Paper",
 }  # of other columns their own names
 
@@ -61,21 +65,29 @@ def summarize(
         methods: whose order the rows take; others follow by name.
 
     Returns:
-        A row per distinct `by`, ordered, with columns *by, mean, std, seeds. `std`
-        is the sample standard deviation (divisor seeds - 1; the papers do not say which is theirs), missing
-        for a single seed.
+        A row per distinct `by`, ordered, with columns *by, mean, std, seeds and, where records have them, how many
+        networks a training saw in how many gradient steps. `std` is the sample standard deviation (divisor seeds - 1;
+        the papers do not say which is theirs), missing for a single seed.
 
     Raises:
         ValueError: no records; a config or metric is missing; a metric is not finite; a row has a seed twice.
     """
     rows = values_of(records, metric=metric, scale=scale, by=by)
-    table = rows.groupby(list(by), dropna=False)["value"].agg(["mean", "std", "count"]).reset_index()
-    table = table.rename(columns={"count": "seeds"})
+    grouped = rows.assign(**_counts(records)).groupby(list(by), dropna=False)
+    counts = grouped[list(_counts(records))].max().reset_index(drop=True)
+    table = grouped["value"].agg(["mean", "std", "count"]).reset_index().rename(columns={"count": "seeds"})
+    table = pd.concat([table, counts], axis=1)
 
     def place(column: pd.Series) -> pd.Series:
         return column.map(partial(method_order, methods)) if column.name == "method" else column
 
     return table.sort_values(list(by), key=place, ignore_index=True)
+
+
+def _counts(records: Sequence[Mapping[str, Any]]) -> dict[str, pd.Series]:
+    """Those of _COUNTS that some records have, missing in the others."""
+    values = {name: pd.Series([r["metrics"].get(name) for r in records], dtype="Int64") for name in _COUNTS}
+    return {name: own for name, own in values.items() if own.notna().any()}
 
 
 def values_of(
@@ -175,22 +187,19 @@ def write_table(
     caption: str,
     *,
     decimals: int = 1,
-    lower_is_better: bool = False,
-    best: bool = True,
-    apart: Sequence[str] = ("dataset",),
     headings: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Write `name.csv` (six significant digits), `name.tex` (booktabs) and `name.md` into `directory`.
 
-    In LaTeX and Markdown a value is "mean ± std" with `decimals` digits. The caption should state the scale: see
-    `describe_scale`.
+    In LaTeX and Markdown a value is "mean ± std" with `decimals` digits, the ends `low` and `high` of its interval have
+    a column of their own, and ours is bold where the column `best` says so (`evidence.with_intervals`). The caption
+    should state the scale: see `describe_scale`.
 
     Args:
-        best: make the best of ours and of the paper's bold, among the rows that agree in the columns `apart`.
         headings: of columns that are not called by their names; numbers stand at the right.
     """
     text = _as_text(table, decimals)
-    bold = _best(table, decimals, lower_is_better, apart) if best else table.map(lambda _: False)
+    bold = table["best"] if "best" in table else pd.Series(False, index=table.index)
     words = [name for name in text if name not in _NUMBERS and not pd.api.types.is_numeric_dtype(table[name])]
     titles = [(_HEADINGS | dict(headings)).get(name, _title(name)) for name in text]
     directory.mkdir(parents=True, exist_ok=True)
@@ -206,14 +215,23 @@ def _title(name: str) -> str:
 
 def _as_text(table: pd.DataFrame, decimals: int) -> pd.DataFrame:
     """The columns to show, as strings, under their original names."""
-    text = table.drop(columns=["std", "paper_std", "low", "high"], errors="ignore").astype(object)
+    text = table.drop(columns=["std", "paper_std", "low", "high", "best"], errors="ignore").astype(object)
     for mean, std in (("mean", "std"), ("paper_mean", "paper_std")):
         if mean in table:
             text[mean] = [_value(*pair, decimals) for pair in zip(table[mean], table[std], strict=True)]
+    for name in table.columns.intersection(_COUNTS):
+        text[name] = ["" if pd.isna(count) else f"{count:,}" for count in table[name]]
     if "difference" in table:
         found = zip(table["difference"], table["low"], table["high"], strict=True)
         text["difference"] = [_with_interval(*cell, decimals) for cell in found]
+    elif "low" in table:
+        ends = [_interval(*pair, decimals) for pair in zip(table["low"], table["high"], strict=True)]
+        text.insert(text.columns.get_loc("mean") + 1, "interval", ends)
     return text.map(lambda cell: "" if pd.isna(cell) else str(cell))
+
+
+def _interval(low: float, high: float, decimals: int) -> str:
+    return "" if pd.isna(low) else f"{low:.{decimals}f} to {high:.{decimals}f}"
 
 
 def _value(mean: float, std: float, decimals: int) -> str:
@@ -228,21 +246,10 @@ def _with_interval(mean: float, low: float, high: float, decimals: int) -> str:
     return f"{mean:+.{decimals}f}" + ("" if pd.isna(low) else f" ({low:+.{decimals}f} to {high:+.{decimals}f})")
 
 
-def _best(table: pd.DataFrame, decimals: int, lower_is_better: bool, apart: Sequence[str]) -> pd.DataFrame:
-    """True where a mean is the best among the rows that agree in `apart`; equal as displayed is equal."""
-    best = pd.DataFrame(False, index=table.index, columns=table.columns)
-    for column in table.columns.intersection(["mean", "paper_mean"]):
-        shown = table[column].round(decimals)
-        groups = [table[name] for name in apart if name in table]
-        rows = shown.groupby(groups or (lambda _: 0))
-        best[column] = shown == rows.transform("min" if lower_is_better else "max")
-    return best
-
-
-def _latex(text: pd.DataFrame, bold: pd.DataFrame, titles: list[str], words: list[str], name: str, caption: str) -> str:
+def _latex(text: pd.DataFrame, bold: pd.Series, titles: list[str], words: list[str], name: str, caption: str) -> str:
     def cell(row: int, column: str) -> str:
         value = _escape_latex(text.at[row, column])
-        return rf"\textbf{{{value}}}" if bold.at[row, column] else value
+        return rf"\textbf{{{value}}}" if bold.at[row] and column == "mean" else value
 
     rows = [" & ".join(cell(row, column) for column in text) + r" \\" for row in text.index]
     alignment = "".join("l" if column in words else "r" for column in text)
@@ -267,10 +274,10 @@ def _escape_latex(text: str) -> str:
     return "".join(_LATEX.get(character, character) for character in text)
 
 
-def _markdown(text: pd.DataFrame, bold: pd.DataFrame, titles: list[str], words: list[str], caption: str) -> str:
+def _markdown(text: pd.DataFrame, bold: pd.Series, titles: list[str], words: list[str], caption: str) -> str:
     def cell(row: int, column: str) -> str:
         value = text.at[row, column].replace("|", r"\|")
-        return f"**{value}**" if bold.at[row, column] else value
+        return f"**{value}**" if bold.at[row] and column == "mean" else value
 
     table = [
         titles,

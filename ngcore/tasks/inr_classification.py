@@ -86,16 +86,16 @@ def _graph_model(
     return model(wiring, Scores(classes), normalization=normalization, **options)
 
 
+# The controls, "Pixels" and "Points", see an INR's picture at as many points as there are probes, and no weight.
 METHODS = {
     "MLP": Method(MLP, colour=7),
     "SetNN": Method(SetNN, colour=1),
     "DWSNet": Method(DWSNet, colour=2),
-    "Pixels": Method(partial(PointsMLP, probing="grid"), colour=5, probes=True),
-    "Points": Method(PointsMLP, colour=8, probes=True),
+    "Pixels": Method(partial(PointsMLP, probing="grid"), colour=5, probes=True, is_control=True),
+    "Points": Method(PointsMLP, colour=8, probes=True, is_control=True),
     "NG-GNN": Method(partial(_graph_model, NGGNN), colour=0, probes=True, micro_batch=8),
     "NG-T": Method(partial(_graph_model, NGT), colour=3, probes=True, micro_batch=4),
 }
-CONTROLS = ("Pixels", "Points")  # see the INR's picture at as many points as there are probes, and no weight
 
 
 def base_config(

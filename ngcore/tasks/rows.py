@@ -33,10 +33,10 @@ def rows_of(entries: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
     given). What else it says are changes.
 
     Raises:
-        ValueError: an entry is no mapping or names no methods; a recipe that is not the paper's changes nothing.
+        ValueError: an entry names no methods; a recipe that is not the paper's changes nothing.
     """
     for entry in entries:
-        if not isinstance(entry, Mapping) or not entry.get("methods"):
+        if not entry.get("methods"):
             raise ValueError(f"a row of a table is a mapping with `methods`, not {entry!r}")
         changes = dict(entry)
         methods, probes, seeds = (
