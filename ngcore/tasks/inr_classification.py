@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Int
@@ -21,12 +22,14 @@ from ngcore.models import NGGNN, NGT, Scores
 from ngcore.models.baselines import MLP, DWSNet, PointsMLP, SetNN
 from ngcore.models.entries import StandardizedEntries
 from ngcore.models.signs import CanonicalSigns
-from ngcore.study.evidence import mean_of
+from ngcore.study.evidence import mean_of, with_intervals
 from ngcore.study.methods import Method
 from ngcore.study.plans import Plan, Runs
 from ngcore.study.run import Experiment
 from ngcore.study.runs import Record
+from ngcore.study.tables import beside_published, summarize
 from ngcore.study.training import Schedule, by_training
+from ngcore.tasks import inr_sets
 from ngcore.tasks.inr_sets import (
     WIRING,
     INRData,
@@ -36,7 +39,7 @@ from ngcore.tasks.inr_sets import (
     load_data,
     prepare,
 )
-from ngcore.tasks.rows import Row, of_dataset, rows_of
+from ngcore.tasks.rows import PAPER, Row, of_dataset, rows_of
 from ngcore.tasks.variants import changed
 
 CLASSES = 10
@@ -73,7 +76,7 @@ class Config:
     schedule: Schedule
     augmentation: Augmentation | None
     options: tuple[tuple[str, Any], ...] = ()
-    recipe: str = "paper"
+    recipe: str = PAPER
     task: str = "inr_classification"
 
 
@@ -196,6 +199,25 @@ def is_right(record: Record) -> Bool[np.ndarray, " n"]:
 ACCURACY = mean_of(is_right, 100)  # in per cent
 
 
+def table_of(records: Sequence[Record], published: Mapping[str, Any]) -> pd.DataFrame:
+    """Table 3 or 4: accuracies in per cent, their intervals, and the paper's of rows trained as it has them."""
+    by = ("dataset", "method", "probes", "recipe")
+    table = summarize(records, metric="test_accuracy", scale=100, by=by, methods=METHODS)
+    table = beside_published(with_intervals(table, records, ACCURACY, by=by), published)
+    paper = ["paper_mean", "paper_std"]
+    table.loc[table["recipe"] != PAPER, paper] = np.nan
+    return table
+
+
+def describe(records: Sequence[Record], profile: str) -> str:
+    """The scale of a table's runs and how the most of them were trained, for its caption."""
+    used = records[0]["config"]
+    rate = "cosine" if used["schedule"]["decay"] else "constant"
+    augmentation = "with" if used["augmentation"] else "no"
+    regime = f"dropout {dict(used['options'])['dropout']}, {augmentation} augmentation, {rate} learning rate"
+    return f"{inr_sets.describe(records, profile)} Training: {regime}."
+
+
 def confusion(records: Sequence[Record]) -> Int[np.ndarray, "classes classes"]:
     """Test INRs of runs by true (rows) and predicted class."""
     counts = np.zeros((CLASSES, CLASSES), dtype=int)
@@ -234,9 +256,24 @@ def schedule_of(parameters: Mapping[str, Any], epochs: int) -> Schedule:
     return Schedule(epochs, parameters["batch"], **shared)
 
 
+OVERFITTING = "a few INRs"  # the recipe of runs that show whether a model can fit at all
+
+
+def overfitting_configs(parameters: Mapping[str, Any]) -> list[Config]:
+    """Models that read weights alone, trained on a few INRs again and again: can they tell them apart at all?
+
+    The parameter `overfitting` has `methods`, `train` (how many INRs) and `epochs`.
+    """
+    few = parameters["overfitting"]
+    data = replace(data_of(parameters, parameters["datasets"][0]), train=few["train"], validation=16, test=16)
+    schedule = Schedule(few["epochs"], batch=16, warmup=8)
+    base = partial(base_config, data, schedule, probes=0, seed=0, dropout=0.0)
+    return [replace(base(method=method), recipe=OVERFITTING) for method in few["methods"]]
+
+
 def runs(parameters: Mapping[str, Any]) -> Runs:
-    """Tables 3 and 4, row by row."""
-    configs = []
+    """Tables 3 and 4, row by row, and whether models that read weights alone can fit a few INRs."""
+    configs = overfitting_configs(parameters)
     for name in parameters["datasets"]:
         base = data_of(parameters, name), schedule_of(parameters, of_dataset(parameters["epochs"], name))
         rows = rows_of(parameters["rows"][name])
