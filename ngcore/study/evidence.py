@@ -87,7 +87,7 @@ def _bootstrap(rows: Sequence[Sequence[Record]], measure: Measure, combine: Call
 
     draws = []
     for _ in range(DRAWS):
-        chosen = np.concatenate([members[i] for i in generator.integers(len(members), size=len(members))])
+        chosen = _joined(members, generator.integers(len(members), size=len(members)))
         seeds = [generator.integers(len(row), size=len(row)) for row in results]
         draws.append(combine([mean([row[i] for i in own], chosen) for row, own in zip(results, seeds, strict=True)]))
     value = combine([mean(row, slice(None)) for row in results])
@@ -95,12 +95,20 @@ def _bootstrap(rows: Sequence[Sequence[Record]], measure: Measure, combine: Call
     return Interval(value, float(low), float(high))
 
 
-def _members(record: Record, measure: Measure, count: int) -> list[np.ndarray]:
-    """Row numbers of every unit."""
+def _members(record: Record, measure: Measure, count: int) -> np.ndarray | list[np.ndarray]:
+    """Row numbers of every unit, (units, members) where all have as many."""
     if measure.units is None:
-        return list(np.arange(count)[:, None])
+        return np.arange(count)[:, None]
     units = pd.Series(list(measure.units(record)))
-    return [np.asarray(own) for own in units.groupby(units, sort=False).indices.values()]
+    members = [np.asarray(own) for own in units.groupby(units, sort=False).indices.values()]
+    return np.stack(members) if len({len(own) for own in members}) == 1 else members
+
+
+def _joined(members: np.ndarray | list[np.ndarray], units: np.ndarray) -> np.ndarray:
+    """Row numbers of some units, one after the other."""
+    if isinstance(members, np.ndarray):
+        return members[units].ravel()
+    return np.concatenate([members[i] for i in units])
 
 
 def with_intervals(
