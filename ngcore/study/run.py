@@ -23,11 +23,12 @@ def silent(epoch: int, scores: Mapping[str, float]) -> None:
 
 
 class Outcome(NamedTuple):
-    """What a run gives."""
+    """What a run gives; `compiled` says whether it was in the end, None for as its job asks."""
 
     metrics: dict[str, Any]
     weights: dict[str, Tensor]
     seconds: float
+    compiled: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def execute(experiments: Experiments, config: Any, execution: Execution = DEFAUL
         execution.leave_in_time()
         job = _job(experiments, experiment, config, execution, stored, report)
         outcome = experiment.produce(config, data, job)
-        return stored.finish(outcome.metrics, outcome.weights, _conditions(job, outcome.seconds))
+        return stored.finish(outcome.metrics, outcome.weights, _conditions(job, outcome))
 
 
 def _job(
@@ -154,7 +155,8 @@ def _job(
     )
 
 
-def _conditions(job: Job, seconds: float) -> dict[str, Any]:
+def _conditions(job: Job, outcome: Outcome) -> dict[str, Any]:
     """What a record says of how and with what it was made."""
-    settings = {"micro_batch": job.micro_batch, "compiled": job.compiled, "threads": torch.get_num_threads()}
-    return environment(job.device) | settings | {"train_seconds": round(seconds, 1)}
+    compiled = job.compiled if outcome.compiled is None else outcome.compiled
+    settings = {"micro_batch": job.micro_batch, "compiled": compiled, "threads": torch.get_num_threads()}
+    return environment(job.device) | settings | {"train_seconds": round(outcome.seconds, 1)}

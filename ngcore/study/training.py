@@ -7,11 +7,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from ngcore.study.compiling import compile_or_not
 from ngcore.study.execution import can_compile as can_compile
 from ngcore.study.run import Job, Outcome
 from ngcore.study.runs import StoredRun
@@ -83,8 +85,8 @@ def train(problem: Problem, schedule: Schedule, seed: int, job: Job) -> Outcome:
     started, model = time.monotonic(), problem.model
     optimizer = optimizer_of(model, schedule)
     state = _resume(job.stored, model, optimizer)
-    if job.compiled and hasattr(model, "compile_parts"):
-        model.compile_parts()
+    rows = torch.arange(min(job.micro_batch or schedule.batch, problem.train_size), device=job.device)
+    compiled = job.compiled and compile_or_not(model, partial(_loss, problem, schedule, rows), schedule.precision)
     leave = lambda epoch: job.execution.leave_in_time(state["seconds"] / max(1, epoch))  # noqa: E731
     for epoch, scores in epochs(problem, schedule, seed, state, optimizer, job.micro_batch, leave):
         _check_finite(job.stored, epoch, scores, model)
@@ -95,7 +97,7 @@ def train(problem: Problem, schedule: Schedule, seed: int, job: Job) -> Outcome:
     seen = networks_seen(problem, schedule)
     counts = {"best_epoch": state["best_epoch"], "networks_seen": seen, "steps": seen // schedule.batch}
     metrics = {**state["history"], **counts, **tested(problem, schedule, state)}
-    return Outcome(metrics, state["best"], state["seconds"])
+    return Outcome(metrics, state["best"], state["seconds"], compiled)
 
 
 def networks_seen(problem: Problem, schedule: Schedule) -> int:
@@ -213,13 +215,18 @@ def train_epoch(
             group["lr"] = learning_rate(schedule, epoch * batches + i, schedule.epochs * batches)
         optimizer.zero_grad()
         for part in rows.split(micro_batch or schedule.batch):
-            with _autocast(schedule, device):
-                loss = problem.loss(part) / schedule.batch
+            loss = _loss(problem, schedule, part)
             loss.backward()
             total += loss.detach()
         nn.utils.clip_grad_norm_(problem.model.parameters(), schedule.clip)
         optimizer.step()
     return (total / batches).item()
+
+
+def _loss(problem: Problem, schedule: Schedule, rows: Tensor) -> Tensor:
+    """What some rows of a batch add to its mean loss."""
+    with _autocast(schedule, rows.device):
+        return problem.loss(rows) / schedule.batch
 
 
 def _check_finite(stored: StoredRun, epoch: int, scores: dict[str, float], model: nn.Module) -> None:
