@@ -152,6 +152,6 @@ def test_time_that_is_over_is_told(monkeypatch, capsys):
     def late(*arguments, **options):
         raise OutOfTime("3 of 7 runs are stored, 4 wait for more time")
 
-    monkeypatch.setattr(tasks, "records", late)
+    monkeypatch.setattr(tasks, "train_all", late)
     assert command.main(["train", "--profile", "smoke", "--only", "01", "--minutes", "1"]) == command.OUT_OF_TIME
     assert "Time is over: 3 of 7 runs are stored" in capsys.readouterr().out

@@ -9,9 +9,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ngcore.study.execution import OutOfTime
+from ngcore.study.execution import Execution, OutOfTime
 from ngcore.study.executor import RunsFailed
-from ngcore.study.profiles import NotebookError, ProfileError, declared_parameters, plan_notebooks
+from ngcore.study.profiles import (
+    NotebookError,
+    ProfileError,
+    declared_parameters,
+    load_training,
+    plan_notebooks,
+)
 from ngcore.study.runs import ROOT, RunError
 
 MARGIN = 0.05, 20.0  # of the minutes given, and at most so many seconds, for coming to an end
@@ -60,22 +66,30 @@ def show(profile: str, only: Sequence[str] | None, train: bool) -> None:
 def train(profile: str, only: Sequence[str] | None = None, minutes: float | None = None, root: Path = ROOT) -> None:
     """Execute the runs that the notebooks show, and publish them, without executing a notebook.
 
+    Notebook after notebook, or by the profile's order of worth, see `ngcore.study.profiles.Training`.
+
     Raises:
         OutOfTime: so many minutes are nearly over.
-        RunsFailed: some runs failed; those of the other notebooks are not begun.
+        RunsFailed: some runs failed; all others that need no result of theirs are stored.
     """
     started = time.time()
     from ngcore import tasks  # this command stands above the packages that it joins
 
     share, most = MARGIN
     deadline = None if minutes is None else started + 60 * minutes - min(most, share * 60 * minutes)
-    for notebook, parameters in plan_notebooks(profile, only, root / "notebooks").items():
-        plan = tasks.PLANS.get(notebook.name[:2])
-        if plan is not None:
-            print(f"Runs of {notebook.stem}", flush=True)
-            values = declared_parameters(notebook) | parameters | {"train": True}
-            found = tasks.records(plan, values, deadline=deadline)
-            print(f"{len(found)} records of {notebook.stem} are stored", flush=True)
+    training = load_training(profile, root / "notebooks" / "profiles")
+    notebooks = {
+        notebook.name[:2]: (notebook.stem, declared_parameters(notebook) | parameters | {"train": True})
+        for notebook, parameters in plan_notebooks(profile, only, root / "notebooks").items()
+        if notebook.name[:2] in tasks.PLANS
+    }
+    print(f"Runs of {', '.join(name for name, _ in notebooks.values())}", flush=True)
+    tasks.train_all(
+        {number: parameters for number, (_, parameters) in notebooks.items()},
+        training.worth,
+        Execution(deadline=deadline, matmul=training.matmul),
+        lambda number, count: print(f"{count} records of {notebooks[number][0]} are stored", flush=True),
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

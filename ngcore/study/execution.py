@@ -14,7 +14,15 @@ from ngcore.processes import default_workers as default_workers
 
 
 class OutOfTime(Exception):
-    """The deadline came first; what is finished is stored, and the next start goes on from there."""
+    """The deadline came first; what is finished is stored, and the next start goes on from there.
+
+    Attributes:
+        finished: of several runs the results of those that are done, by config.
+    """
+
+    def __init__(self, message: str, finished: Mapping[Any, Any] | None = None) -> None:
+        super().__init__(message)
+        self.finished = dict(finished or {})
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,9 @@ class Execution:
         compiled: methods whose hot parts are compiled, and populations whose training is, where that works.
         workers: processes at a time; None for one per core, or one on a GPU.
         deadline: `time.time()` at which runs end; None for never.
+        matmul: of float32 products in training on a GPU, as `torch.set_float32_matmul_precision` has it: "highest", or
+            "high" for TF32, which reads the first 10 of 23 fraction bits of what it multiplies. What needs all digits
+            has them (`ngcore.precision`).
     """
 
     device: str | None = None
@@ -35,6 +46,7 @@ class Execution:
     compiled: tuple[str, ...] = ()
     workers: int | None = None
     deadline: float | None = None
+    matmul: str = "highest"
 
     @property
     def where(self) -> str:
@@ -76,6 +88,6 @@ def can_compile() -> bool:
     """Whether torch.compile works here: it needs a C++ compiler and Python's headers. Found out by trying."""
     try:
         torch.compile(torch.sin)(torch.zeros(8, device=best_device()))
-    except torch._dynamo.exc.BackendCompilerFailed:
+    except Exception:  # of many kinds: no compiler, one that fails, no headers
         return False
     return True

@@ -8,9 +8,10 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,15 @@ Run = Callable[[Any, Execution, Report], Record]
 
 
 class RunsFailed(RuntimeError):
-    """Some runs failed; the others are stored."""
+    """Some runs failed; the others are stored.
+
+    Attributes:
+        finished: the results of the others, by config.
+    """
+
+    def __init__(self, message: str, finished: Mapping[Any, Record] | None = None) -> None:
+        super().__init__(message)
+        self.finished = dict(finished or {})
 
 
 def execute_all(
@@ -51,12 +60,21 @@ def execute_all(
     if executor is not None:
         records = _collect(run, different, execution, executor)
     else:
-        workers = min(len(different), execution.workers or default_workers())
-        threads = max(1, torch.get_num_threads() // workers)
-        with until(execution.deadline), pool(workers, threads) as processes:
+        with processes_of(execution, len(different)) as processes:
             records = _collect(run, different, execution, processes)
     by_config = dict(zip(different, records, strict=True))
     return [by_config[config] for config in configs]
+
+
+@contextmanager
+def processes_of(execution: Execution, most: int | None = None) -> Iterator[Executor]:
+    """Processes of this machine that execute runs, at most so many, until the deadline. They keep the data that they
+    have read for the runs that follow."""
+    workers = execution.workers or default_workers()
+    workers = workers if most is None else min(workers, most)
+    threads = max(1, torch.get_num_threads() // workers)
+    with until(execution.deadline), pool(workers, threads) as processes:
+        yield processes
 
 
 def _collect(run: Run, configs: Sequence[Any], execution: Execution, executor: Executor) -> list[Record]:
@@ -72,12 +90,14 @@ def _collect(run: Run, configs: Sequence[Any], execution: Execution, executor: E
             else:
                 failures[i] = error
     late = [i for i, error in failures.items() if _is_late(error, execution)]
+    finished = {configs[i]: record for i, record in records.items()}
     if len(failures) > len(late):
         wrong = {i: error for i, error in failures.items() if i not in late}
         reasons = "\n".join(f"{configs[i]}: {error!r}" for i, error in wrong.items())
-        raise RunsFailed(f"{len(wrong)} of {len(configs)} runs failed:\n{reasons}") from next(iter(wrong.values()))
+        message = f"{len(wrong)} of {len(configs)} runs failed:\n{reasons}"
+        raise RunsFailed(message, finished) from next(iter(wrong.values()))
     if late:
-        raise OutOfTime(f"{len(records)} of {len(configs)} runs are stored, {len(late)} wait for more time")
+        raise OutOfTime(f"{len(records)} of {len(configs)} runs are stored, {len(late)} wait for more time", finished)
     return [records[i] for i in range(len(configs))]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,22 @@ class ProfileError(ValueError):
 
 class NotebookError(RuntimeError):
     """A notebook stopped at a cell that failed."""
+
+
+TRAINING = "train"  # the section of a profile that is of no notebook
+
+
+@dataclass(frozen=True)
+class Training:
+    """How `python -m ngcore.study train` makes a profile's runs.
+
+    Args:
+        worth: which runs come first, see `ngcore.study.plans`; nothing: notebook after notebook.
+        matmul: see `ngcore.study.execution.Execution`.
+    """
+
+    worth: tuple[dict[str, Any], ...] = ()
+    matmul: str = "highest"
 
 
 def find_notebooks(directory: Path) -> dict[str, Path]:
@@ -46,6 +63,16 @@ def load_profile(name: str, directory: Path) -> dict[str, dict[str, Any]]:
     Raises:
         ProfileError: no such profile; no such notebook; the file is no mapping of mappings; keys that are no strings.
     """
+    content, path = _read(name, directory), directory / f"{name}.yaml"
+    notebooks = find_notebooks(directory.parent)
+    of_notebooks = {number: parameters for number, parameters in content.items() if number != TRAINING}
+    for number, parameters in of_notebooks.items():
+        _check(number, parameters, notebooks, path)
+    return {number: {**of_notebooks.get(number, {}), "profile": name} for number in notebooks}
+
+
+def _read(name: str, directory: Path) -> dict[str, Any]:
+    """What stands in a profile, unchecked but for being a mapping."""
     path = directory / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in directory.glob("*.yaml"))) or "none"
@@ -56,10 +83,23 @@ def load_profile(name: str, directory: Path) -> dict[str, dict[str, Any]]:
         raise ProfileError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise ProfileError(f"{path} must map notebook numbers to parameters, but holds {content!r}")
-    notebooks = find_notebooks(directory.parent)
-    for number, parameters in content.items():
-        _check(number, parameters, notebooks, path)
-    return {number: {**content.get(number, {}), "profile": name} for number in notebooks}
+    return content
+
+
+def load_training(name: str, directory: Path) -> Training:
+    """The section `train` of the profile `directory/<name>.yaml`.
+
+    Raises:
+        ProfileError: no such profile; the section is not what it should be.
+    """
+    section = _read(name, directory).get(TRAINING, {})
+    try:
+        own = dict(section)
+        return Training(**own | {"worth": tuple(map(dict, own.get("worth", ())))})
+    except (TypeError, ValueError) as error:
+        raise ProfileError(
+            f"{directory / name}.yaml: '{TRAINING}' holds `worth`, a list of mappings, and `matmul`: {error}"
+        ) from error
 
 
 def _check(number: Any, parameters: Any, notebooks: Mapping[str, Path], path: Path) -> None:

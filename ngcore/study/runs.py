@@ -281,6 +281,13 @@ def publish(records: Sequence[Record], directory: Path) -> None:
             path.unlink()
 
 
+def add_published(records: Sequence[Record], directory: Path) -> None:
+    """Keep records beside those that are there, but for those of code that was not committed."""
+    for record in records:
+        if not record["environment"]["commit"].endswith(UNCOMMITTED):
+            write_record(record, directory / f"{record['hash']}.json")
+
+
 def _subject(record: Record) -> tuple[str, str]:
     return record["config"]["task"], record["config"]["dataset"]
 

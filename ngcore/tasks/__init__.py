@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
+from contextlib import nullcontext
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -56,6 +58,45 @@ def execute_all(
     """The results of many runs, in the order of `configs`, see `study.executor.execute_all`."""
     run.prepare(EXPERIMENTS, configs, execution)
     return executors.execute_all(execute, configs, execution, executor)
+
+
+def train_all(
+    notebooks: Mapping[str, Mapping[str, Any]],
+    worth: plans.Worth,
+    execution: Execution,
+    note: Callable[[str, int], None] = lambda number, count: None,
+) -> None:
+    """Execute and publish the runs of several notebooks, given by number and parameters, what is worth most first.
+
+    See `study.plans.carry_out_by_worth`. Each notebook says what is compiled and how many workers there are. On a GPU
+    all runs share a process, for starting one and reading data there takes as long as a short run.
+
+    Args:
+        note: told the number of each notebook whose runs are complete, and how many records it has.
+
+    Raises:
+        ValueError: an entry of `worth` names a field that no config has.
+        RunsFailed, OutOfTime: see `study.plans.carry_out_by_worth`.
+    """
+    known = {field.name for experiment in EXPERIMENTS.values() for field in fields(experiment.config)} | {"notebook"}
+    if unknown := {name for entry in worth for name in entry} - known:
+        raise ValueError(f"worth: no run has {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}")
+    told = {number: Execution.of(parameters) for number, parameters in notebooks.items()}
+    own = {n: replace(execution, compiled=each.compiled, workers=each.workers) for n, each in told.items()}
+    on_gpu = execution.where == "cuda"
+    with executors.processes_of(execution) if on_gpu else nullcontext() as processes:
+
+        def publish(number: str, found: Sequence[Record], complete: bool) -> None:
+            plans.publish_some(PLANS[number], notebooks[number]["profile"], found, complete)
+            if complete:
+                note(number, len(found))
+
+        plans.carry_out_by_worth(
+            {number: PLANS[number].runs(parameters) for number, parameters in notebooks.items()},
+            worth,
+            lambda number, configs: execute_all(configs, own[number], processes),
+            publish,
+        )
 
 
 def records(
