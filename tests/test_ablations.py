@@ -413,8 +413,8 @@ def test_changes_are_of_fields_of_the_schedule_or_options():
     assert changed.options == (("dropout", 0.0), ("positions", False))
 
 
-def curve(method, seed, fitted, tested):
-    return {"config": {"method": method, "seed": seed}, "metrics": {"fitted": fitted, "tested": tested}}
+def curve(method, seed, fitted, validation):
+    return {"config": {"method": method, "seed": seed}, "metrics": {"fitted_loss": fitted, "val_loss": validation}}
 
 
 def test_gap_at_equal_fit_is_the_mean_distance_of_the_curves():
@@ -435,14 +435,28 @@ def test_gap_at_equal_fit_is_the_mean_distance_of_the_curves():
         loss_curves.gaps([ours], "a", "b")
 
 
-def test_loss_curves_measure_both_losses_in_evaluation_mode():
+def test_both_losses_are_measured_in_evaluation_mode():
     data = INRData("mnist", 32, 16, 16, 5, 1e-3)
     config = inr_classification.base_config(data, Schedule(2, 16), "DWSNet", 0, 0, dropout=0.5)
-    record = execute(loss_curves.Config.of(config))
-    assert record["config"]["task"] == "loss_curves"
-    assert len(record["metrics"]["fitted"]) == len(record["metrics"]["tested"]) == 2
-    best = record["metrics"]["best_epoch"]
-    assert record["metrics"]["tested"][best] == pytest.approx(record["metrics"]["test_loss"], rel=1e-5)
+    sets, _ = inr_classification.load(config, "cpu")
+    torch.manual_seed(0)
+    problem = inr_classification.problem_of(config, sets | {"validation": sets["train"]}, "cpu")
+    problem.model.eval()
+    found = problem.validate()
+    assert found["fitted_loss"] == pytest.approx(found["val_loss"], rel=1e-6)
+    assert len(execute(config)["metrics"]["fitted_loss"]) == 2
+
+
+def test_long_runs_are_those_of_the_table():
+    """Table 7's full models and figure 4's are found where notebook 01 has stored them."""
+    scale = {"validation_size": 16, "test_size": 16, "inr_steps": 5, "inr_learning_rate": 1e-3, "batch": 16}
+    scale |= {"warmup": 2, "decay": True, "precision": "float32", "dropout": 0.0, "augment": False}
+    rows = [{"methods": ["NG-GNN"], "recipe": "linear inputs", "sigma": None}]
+    table = {**scale, "train_size": 64, "epochs": {"mnist": 3}, "datasets": ["mnist"], "rows": {"mnist": rows}}
+    few = {"methods": [], "train": 16, "epochs": 1}
+    configs = next(inr_classification.runs({**table, "overfitting": few}))
+    p = {**scale, "train_size": 32, "epochs": 1, "long": {"train_size": 64, "epochs": 3}}
+    assert ablations.long_configs(p, rows) == configs
 
 
 ARCHITECTURE = Architecture(

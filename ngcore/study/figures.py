@@ -298,31 +298,28 @@ def variants(table: pd.DataFrame, ax: Axes, *, xlabel: str, methods: Methods = _
 def loss_curves(
     records: Sequence[Mapping[str, Any]], axes: Sequence[Axes] | np.ndarray, methods: Methods = _NONE
 ) -> None:
-    """Left, training (dashed) and test loss (solid) along the epochs, means over seeds; right, one against the other.
+    """Left, training (dashed) and validation loss (solid) along the epochs, means over seeds; right, one against the
+    other after every epoch of every seed.
 
     Args:
-        records: whose metrics `fitted` and `tested` are the two losses after every epoch.
+        records: with the metrics `fitted_loss` and `val_loss`, after every epoch.
     """
     rows: dict[str, list[Mapping[str, Any]]] = {}
     for record in sorted(records, key=lambda record: method_order(methods, record["config"]["method"])):
-        probes = record["config"]["probes"]
-        name = f"{record['config']['method']}, {probes} probes" if probes else record["config"]["method"]
-        rows.setdefault(name, []).append(record)
+        rows.setdefault(record["config"]["method"], []).append(record["metrics"])
     along, against = axes
     for i, (name, own) in enumerate(rows.items()):
-        colour, marker = _colour(methods, own[0]["config"]["method"]), _MARKERS[i % len(_MARKERS)]
-        for quantity, line in (("tested", "solid"), ("fitted", "dashed")):
-            mean = np.mean([record["metrics"][quantity] for record in own], axis=0)
-            label = f"{name}: {'test' if quantity == 'tested' else 'training'}"
-            along.plot(np.arange(1, len(mean) + 1), mean, color=colour, linestyle=line, label=label)
-        for record in own:
-            metrics, label = record["metrics"], name if record is own[0] else None
-            against.plot(metrics["fitted"], metrics["tested"], color=colour, marker=marker, markersize=4, label=label)
-    ends = [value for r in records for quantity in ("fitted", "tested") for value in r["metrics"][quantity]]
+        look = {"color": _colour(methods, name), "marker": _MARKERS[i % len(_MARKERS)], "markersize": 4}
+        for quantity, line, kind in (("val_loss", "solid", "validation"), ("fitted_loss", "dashed", "training")):
+            mean = np.mean([metrics[quantity] for metrics in own], axis=0)
+            along.plot(np.arange(1, len(mean) + 1), mean, linestyle=line, label=f"{name}: {kind}", **look)
+        points = np.concatenate([[metrics["fitted_loss"], metrics["val_loss"]] for metrics in own], axis=1)
+        against.plot(*points, linestyle="", label=name, **look)
+    ends = [value for own in rows.values() for m in own for value in (*m["fitted_loss"], *m["val_loss"])]
     against.plot([min(ends), max(ends)], [min(ends), max(ends)], color="grey", linestyle="dotted", zorder=0)
     along.set(xlabel="Epoch", ylabel="Loss (nats)")
     along.xaxis.set_major_locator(MaxNLocator(integer=True))
-    against.set(xlabel="Training loss (nats)", ylabel="Test loss (nats)")
+    against.set(xlabel="Training loss (nats)", ylabel="Validation loss (nats)")
     for ax in axes:
         ax.legend()
 

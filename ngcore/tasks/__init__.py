@@ -21,14 +21,12 @@ from ngcore.tasks import (
     inr_classification,
     inr_editing,
     learning_to_optimize,
-    loss_curves,
     meta_training,
     zoos,
 )
 
 EXPERIMENTS = run.registry(
     inr_classification.EXPERIMENT,
-    loss_curves.EXPERIMENT,
     inr_editing.EXPERIMENT,
     zoos.EXPERIMENT,
     generalization.EXPERIMENT,

@@ -20,8 +20,9 @@ from ngcore.study.plans import Plan, Runs
 from ngcore.study.runs import Record, make_record
 from ngcore.study.tables import beside_published, describe_scale
 from ngcore.study.training import Schedule
-from ngcore.tasks import architectural_noise, generalization, inr_classification, loss_curves
+from ngcore.tasks import architectural_noise, generalization, inr_classification
 from ngcore.tasks.inr_sets import data_of
+from ngcore.tasks.rows import rows_of
 from ngcore.tasks.variants import changed
 from ngcore.tasks.zoos import Zoo, sizes_in_words, zoo_of
 
@@ -30,6 +31,7 @@ METHODS = {name: _EVERY[name] for name in ("MLP", "SetNN", "StatNN", "DWSNet", "
 HEADINGS = {"train": "Training INRs", "changed": "Networks changed", "noise": "Description"}
 # Edges of "both" have the sum of two Fourier frequencies, which has this deviation: variants with one get it too.
 EDGE_SIGMA = 3.0 * 2**0.5
+KEPT = ("fitted_loss", "val_loss", "test_labels", "test_predicted")  # of a run's metrics, beside single numbers
 ORDER = Augmentation(translate=0.0, rotate=0.0, zoom=0.0, weight_dropout=0.0, permute=True)  # of neurons, and no more
 
 # question -> variant -> what differs from the full model: options of the model, or fields of the config
@@ -87,7 +89,7 @@ def trials(question: str, configs: Iterable[Any], variants: Sequence[str] = ()) 
 
 
 def record_of(question: str, variant: str, record: Record) -> Record:
-    """A run's record under the question that it answers; its metrics that are one number, and its own hash as `run`."""
+    """A run's record under the question that it answers, with the metrics that answer it and its own hash as `run`."""
     of = record["config"]
     shown = {name: of[name] for name in ("dataset", "method", "seed", "probes") if name in of}
     asked = {"task": "ablations", "question": question, "variant": variant, "seed": of["seed"]}
@@ -96,7 +98,9 @@ def record_of(question: str, variant: str, record: Record) -> Record:
         config |= {"train": of["data"]["train"], "epochs": of["schedule"]["epochs"]}
     config["of"] = {name: value for name, value in of.items() if name != "seed"}
     identity = asked | {"of": {name: value for name, value in record["identity"].items() if name != "seed"}}
-    metrics = {name: value for name, value in record["metrics"].items() if isinstance(value, int | float)}
+    metrics = {
+        name: value for name, value in record["metrics"].items() if isinstance(value, int | float) or name in KEPT
+    }
     return make_record(config, identity, record["data"], metrics | {"run": record["hash"]}, record["environment"])
 
 
@@ -224,9 +228,8 @@ def trials_of(parameters: Mapping[str, Any]) -> list[Trial]:
     (population, flattened), seeds = populations_of(p), p["seeds"]
     found = trials("activation embeddings", parks(["NG-GNN", "NG-T"], seeds["table_6"], population))
     found += trials("activation embeddings", parks(["StatNN"], seeds["table_6"], population), ["with"])
-    for count, methods in p["position_methods"].items():
-        for method in methods:
-            found += trials("positional embeddings", inrs(method, int(count), seeds["table_7"]))
+    found += trials("positional embeddings", long_configs(p, p["table_7"]))
+    found += [Trial("equal fit", config.method, config) for config in long_configs(p, p["figure_4"])]
     for question in ("directions", "normalization", "biases"):
         found += trials(question, inrs("NG-GNN", p["probes"], seeds["variants"]))
     for count in p["probe_counts"]:
@@ -234,6 +237,16 @@ def trials_of(parameters: Mapping[str, Any]) -> list[Trial]:
     found += trials("linear layers", parks(["NG-GNN"], seeds["linear layers"], population))
     found += trials("flattening", parks(["NG-GNN"], seeds["flattening"], flattened))
     return found + size_trials(p) + augmentation_trials(p)
+
+
+def long_configs(
+    parameters: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]
+) -> list[inr_classification.Config]:
+    """Rows of table 3, at the scale that notebook 01 has in the same profile: the parameters in `long`."""
+    p = {**parameters, **parameters["long"]}
+    base = data_of(p, "mnist"), inr_classification.schedule_of(p, p["epochs"])
+    settings = inr_classification.settings_of(p)
+    return [inr_classification.row_config(row, *base, **settings) for row in rows_of(entries)]
 
 
 def size_trials(parameters: Mapping[str, Any]) -> list[Trial]:
@@ -262,16 +275,9 @@ def augmentation_trials(parameters: Mapping[str, Any]) -> list[Trial]:
 
 
 def runs(parameters: Mapping[str, Any]) -> Runs:
-    """Every question's variants, each run once; loss curves; wrong descriptions of the networks of table 6."""
+    """Every question's variants, each run once; wrong descriptions of the networks of table 6."""
     p, asked = parameters, trials_of(parameters)
     records = yield [trial.config for trial in asked]
-    curves = yield [
-        loss_curves.Config.of(config)
-        for method, epochs in p["loss_epochs"].items()
-        for config in inr_configs(
-            p, method, p["loss_probes"][method], p["seeds"]["figure_4"], epochs=epochs, decay=False
-        )
-    ]
     population, _ = populations_of(p)
     noisy = yield [
         architectural_noise.Config.on(config, noise, share)
@@ -280,7 +286,7 @@ def runs(parameters: Mapping[str, Any]) -> Runs:
         for share in shares
     ]
     own = [record_of(trial.question, trial.variant, record) for trial, record in zip(asked, records, strict=True)]
-    return own + curves + noisy
+    return own + noisy
 
 
-PLAN = Plan(runs, ("ablations", "loss_curves", "architectural_noise"))
+PLAN = Plan(runs, ("ablations", "architectural_noise"))

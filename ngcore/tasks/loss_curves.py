@@ -1,68 +1,30 @@
-"""Training and test loss along training (paper, appendix A.3, figure 4): what a model has that has fitted as much?"""
+"""What generalizes better of two models that have fitted as much (paper, appendix A.3, figure 4)?
+
+Every run of INR classification measures two losses after each epoch, both in evaluation mode and without augmentation:
+`fitted_loss` on the first training INRs, and `val_loss` on INRs that it is not trained on.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from functools import partial
 
 import numpy as np
 import pandas as pd
-import torch.nn.functional as F
 
-from ngcore.data.inrs.sets import INRSet
 from ngcore.study.comparison import interval
-from ngcore.study.run import Experiment
 from ngcore.study.runs import Record
-from ngcore.study.training import by_training
-from ngcore.tasks import inr_classification
-
-EVALUATED = 500  # training INRs whose loss is measured after every epoch
-
-
-@dataclass(frozen=True)
-class Config(inr_classification.Config):
-    """A run of INR classification whose losses are measured on the training and the test INRs after every epoch."""
-
-    task: str = "loss_curves"
-
-    @classmethod
-    def of(cls, config: inr_classification.Config) -> Config:
-        """The same training."""
-        return cls(**{f.name: getattr(config, f.name) for f in fields(config) if f.name != "task"})
-
-
-class Losses(inr_classification.Classification):
-    """Metrics beside those of classification, of every epoch: `fitted`, the loss on the first training INRs as they
-    are, and `tested`, the loss on the test INRs, both in evaluation mode, so that they can be compared."""
-
-    def validate(self) -> dict[str, float]:
-        found = {"fitted": self.sets["train"][:EVALUATED], "tested": self.sets["test"]}
-        return super().validate() | {name: self.cross_entropy(inrs) for name, inrs in found.items()}
-
-    def cross_entropy(self, inrs: INRSet) -> float:
-        return F.cross_entropy(self.logits(inrs), inrs.labels).item()
-
-
-EXPERIMENT = Experiment(
-    Config,
-    inr_classification.METHODS,
-    inr_classification.load,
-    by_training(partial(inr_classification.problem_of, problem=Losses)),
-    inr_classification.prepare,
-)
 
 
 def gap_at_equal_fit(record: Record, other: Record) -> float:
-    """How much higher the test loss of `other` is where both have the same training loss.
+    """How much higher the validation loss of `other` is where both have the same training loss.
 
-    A model's test loss is interpolated between its two epochs whose training losses are nearest. The gap is the mean
-    over the range of training losses in which both models have epochs.
+    A model's validation loss is interpolated between its two epochs whose training losses are nearest. The gap is the
+    mean over the range of training losses in which both models have epochs.
 
     Returns:
         NaN where there are none.
     """
-    curves = [np.array([r["metrics"]["fitted"], r["metrics"]["tested"]]) for r in (record, other)]
+    curves = [np.array([r["metrics"]["fitted_loss"], r["metrics"]["val_loss"]]) for r in (record, other)]
     curves = [curve[:, curve[0].argsort()] for curve in curves]
     low = max(curve[0, 0] for curve in curves)
     high = min(curve[0, -1] for curve in curves)
