@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+
+def composing(weight: Tensor) -> torch.autocast:
+    """While maps are composed: in their own precision, since the result is rounded where it is applied."""
+    return torch.autocast(weight.device.type, enabled=False)
 
 
 class Affine(NamedTuple):
@@ -23,7 +29,8 @@ class Affine(NamedTuple):
         """The map that does `first`, then this one."""
         if first is None:
             return self
-        return Affine(self.weight @ first.weight, self.weight @ first.bias + self.bias)
+        with composing(self.weight):
+            return Affine(self.weight @ first.weight, self.weight @ first.bias + self.bias)
 
     def __call__(self, x: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
         return F.linear(x, self.weight, self.bias)

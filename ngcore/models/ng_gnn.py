@@ -102,8 +102,12 @@ class PNALayer(nn.Module):
         )
         if not any(updated):
             return nodes, ()
-        of_edge = [Affine.of(self.edge_state).after(first) for first in pending]
-        of_target, of_source = tuple(map(self.edge_target, nodes)), tuple(map(self.edge_source, nodes))
+        # all biases as one, so that their gradient is one sum: PyTorch 2.13 can't compile two equal ones in bfloat16
+        states = (Affine.of(self.edge_state).after(first) for first in pending)
+        of_edge = [own._replace(bias=own.bias + self.edge_target.bias + self.edge_source.bias) for own in states]
+        of_target, of_source = (
+            tuple(F.linear(v, linear.weight) for v in nodes) for linear in (self.edge_target, self.edge_source)
+        )
         states = []
         for own, edge, count in zip(messages, edges, updated, strict=True):
             if count:

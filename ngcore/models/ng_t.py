@@ -25,9 +25,11 @@ from ngcore.graph import NeuralGraph, Wiring
 from ngcore.graph.batch import GraphBatch
 from ngcore.graph.collection import Collection
 from ngcore.graph.frame import Frame
+from ngcore.models.affine import Affine, composing
 from ngcore.models.encoder import COMPILATION, Encoder, Networks, Normalization, Probing, frame_of
 from ngcore.models.heads import Answer, Head, PerParameter, PerParameterHead, ScoresHead, rename_old, require_head
 from ngcore.models.kernels.dropout import dropout
+from ngcore.models.kernels.moments import at_least_float32
 from ngcore.models.pairs import EVERY, Pairs, Places, of_stacks, pair_states, pairs_of
 from ngcore.models.reading import prepared
 
@@ -88,12 +90,13 @@ class RelationalAttention(nn.Module):
         scores = (
             scores + (from_query @ common).unsqueeze(2) + (from_key @ common).unsqueeze(1) + mixed @ common @ common
         )
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # as a sum of products is under autocast
+        scores = at_least_float32(scores)
         from_query = from_query + (mixed + mixed.mT) @ common
         for (rows, columns), own in blocks:
             scores[:, rows, columns] += self.relational(own, mixed, from_query[:, rows], from_key[:, columns])
         attention = self.weights(scores)
         gathered = torch.einsum("brnh,bnhd->brhd", attention, value * (scale @ common) + shift @ common)
+        gathered = at_least_float32(gathered)
         for (rows, columns), own in blocks:
             gathered[:, rows] += self.gathered(attention[:, rows, columns], own, value[:, columns], shift, scale)
         return self.output(gathered)
@@ -101,7 +104,8 @@ class RelationalAttention(nn.Module):
     def edge_maps(self) -> tuple[Tensor, Tensor, Tensor]:
         """QᵀK (heads, edge, edge), T and S (heads, width, edge)."""
         query, key, shift, scale = self.edge_qkss.weight.unflatten(0, (4, self.heads, -1))
-        return torch.einsum("hdc,hde->hce", query, key), shift, scale
+        with composing(query):
+            return torch.einsum("hdc,hde->hce", query, key), shift, scale
 
     def node_terms(self, nodes: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q_i·k_j (batch, rows, n, heads), Kᵀq_i, Qᵀk_j and v_j (batch, nodes, heads, width)."""
@@ -123,6 +127,7 @@ class RelationalAttention(nn.Module):
     ) -> Float[Tensor, "batch rows columns heads"]:
         """e_ij·(QᵀK e_ij + Kᵀq_i + Qᵀk_j)"""
         bilinear = F.linear(edges, mixed.flatten(0, 1)).unflatten(-1, (self.heads, -1))
+        bilinear, from_query, from_key, edges = map(at_least_float32, (bilinear, from_query, from_key, edges))
         return ((bilinear + from_query.unsqueeze(2) + from_key.unsqueeze(1)) * edges.unsqueeze(3)).sum(-1)
 
     def gathered(
@@ -132,13 +137,13 @@ class RelationalAttention(nn.Module):
         scaled = F.linear(edges, scale.flatten(0, 1)).unflatten(-1, (self.heads, -1))
         mean_edge = torch.einsum("brnh,brnc->brhc", attention, edges)
         shifted = torch.einsum("brhc,hdc->brhd", mean_edge, shift)
+        attention, scaled, value = map(at_least_float32, (attention, scaled, value))
         return (attention.unsqueeze(-1) * scaled * value.unsqueeze(1)).sum(2) + shifted
 
     def output(self, gathered: Float[Tensor, "batch rows heads width"]) -> Float[Tensor, "batch rows node"]:
         """Both output Linears as one."""
-        weight = self.attention_linear.weight @ self.attention_output.weight
-        bias = self.attention_linear.weight @ self.attention_output.bias + self.attention_linear.bias
-        return F.linear(gathered.flatten(2), weight, bias)
+        both = Affine.of(self.attention_linear).after(Affine.of(self.attention_output))
+        return both(gathered.flatten(2))
 
 
 class NGTLayer(nn.Module):
@@ -197,8 +202,11 @@ class NGTLayer(nn.Module):
     ) -> Float[Tensor, "batch rows columns edge"]:
         """New states of pairs (i, j) from e_ij, e_ji, v_i and v_j."""
         own, mirrored = edges[:, rows, columns], edges[:, columns, rows].transpose(1, 2)
-        pair = self.edge_pair(torch.cat([own, mirrored], dim=-1))
-        target, source = self.edge_target(nodes[:, rows]), self.edge_source(nodes[:, columns])
+        # all biases as one, so that their gradient is one sum: PyTorch 2.13 can't compile two equal ones in bfloat16
+        bias = self.edge_pair.bias + self.edge_target.bias + self.edge_source.bias
+        pair = F.linear(torch.cat([own, mirrored], dim=-1), self.edge_pair.weight, bias)
+        target = F.linear(nodes[:, rows], self.edge_target.weight)
+        source = F.linear(nodes[:, columns], self.edge_source.weight)
         hidden = F.gelu(pair + target.unsqueeze(2) + source.unsqueeze(1))
         edges = self.edge_norm1(own + self.drop(self.edge_output(hidden)))
         return self.edge_norm2(edges + self.drop(self.edge_feed2(F.gelu(self.edge_feed1(edges)))))

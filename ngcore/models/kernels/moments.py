@@ -14,8 +14,15 @@ from torch import Tensor
 
 
 def messages(scale: Tensor, shift: Tensor, targets: Tensor, sources: Tensor) -> Tensor:
-    """FiLM of the pair's linear part by its edge (paper, equation 4), (batch, targets, sources, width)."""
+    """FiLM of the pair's linear part by its edge (paper, equation 4), (batch, targets, sources, width); of bfloat16
+    numbers in float32."""
+    scale, shift, targets, sources = map(at_least_float32, (scale, shift, targets, sources))
     return scale * (targets.unsqueeze(2) + sources.unsqueeze(1)) + shift
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Numbers that sums and variances may be taken of: none with fewer digits than float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class Moments(torch.autograd.Function):
@@ -41,13 +48,16 @@ class Moments(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         scale, shift, targets, sources, low, high = ctx.saved_tensors
         message = messages(scale, shift, targets, sources)
+        if message.dtype != scale.dtype:  # a compiler may round the inputs to bfloat16 here and not there: no message
+            low, high = message.amin(2), message.amax(2)  # would be the lowest
         lowest = (message == low.unsqueeze(2)).to(message.dtype)
         highest = (message == high.unsqueeze(2)).to(message.dtype)
         factors = message_factors(*gradients, lowest.sum(2), highest.sum(2)).unsqueeze(3)
         d_message = factors[0] + factors[1] * message + factors[2] * lowest + factors[3] * highest
-        d_pair = d_message * scale
-        d_scale = d_message * (targets.unsqueeze(2) + sources.unsqueeze(1))
-        return d_scale, d_message, d_pair.sum(2), d_pair.sum(1)
+        d_pair = d_message * at_least_float32(scale)
+        d_scale = d_message * (at_least_float32(targets).unsqueeze(2) + at_least_float32(sources).unsqueeze(1))
+        found = d_scale, d_message, d_pair.sum(2), d_pair.sum(1)
+        return tuple(d.to(x.dtype) for d, x in zip(found, ctx.saved_tensors, strict=False))
 
 
 # An operator of our own, so that a compiler can't fuse it into what runs for every message.
