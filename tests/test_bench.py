@@ -6,22 +6,25 @@ import os
 import re
 import runpy
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
+import torch
 from workloads import (
     checking_environment,
     dying,
     failing_after_warm_up,
     failing_to_build,
     filling,
+    finding,
     logging,
     not_fitting,
     sleeping,
 )
 
 from ngcore.bench import __main__ as command
-from ngcore.bench import l2o, zoo
+from ngcore.bench import checks, device, l2o, zoo
 from ngcore.bench.harness import (
     REPETITIONS,
     SECONDS,
@@ -140,6 +143,106 @@ def test_command_prints_a_table_and_writes_json(monkeypatch, tmp_path, capsys):
     assert [row.split()[:2] for row in rows] == [["fake", "naps/s"]] * 2
     results = json.loads(path.read_text())
     assert [set(result) for result in results] == [{"name", "unit", "ours", "reference", "ratio", "memory_mb"}] * 2
+
+
+def test_a_row_that_computes_something_else_is_not_timed(tmp_path):
+    """Nothing of it is even built; one that agrees is timed as any other."""
+    log = tmp_path / "log"
+    row = Benchmark("fake", "naps/s", partial(logging, log, "ours"), None, check=partial(finding, "gradients differ"))
+    result = measure(row)
+    assert not log.exists()
+    assert table_row(result).split(maxsplit=1) == ["fake", "wrong, not timed: gradients differ"]
+    assert result.as_json()["ours"] is result.as_json()["ratio"] is None
+    result = measure(replace(row, check=partial(finding, None)), repetitions=1)
+    assert result.ours > 0
+    assert result.wrong is None
+
+
+def test_a_check_that_fails_ends_the_bench():
+    with pytest.raises(BenchmarkError, match=r"fake, check: the worker(.|\n)*no such data set"):
+        measure(Benchmark("fake", "naps/s", nap, None, check=failing_to_build))
+
+
+def test_command_fails_where_a_row_is_wrong(monkeypatch, capsys):
+    row = Benchmark("fake", "naps/s", nap, None, check=partial(finding, "outputs differ"))
+    monkeypatch.setitem(command.BENCHMARKS, "fake", [row])
+    assert command.main(["fake"]) == 1
+    assert "wrong, not timed: outputs differ" in capsys.readouterr().out
+
+
+CHECKED = [row for name in ("models", "models_editing") for row in command.BENCHMARKS[name] if row.reference]
+
+
+@pytest.fixture
+def few_networks(monkeypatch):
+    """And no compiled parts: type checks are on."""
+    monkeypatch.setattr(command, "MICRO_BATCH", 4)
+    monkeypatch.setattr(command, "compiled", lambda model: model)
+
+
+@pytest.mark.parametrize("row", CHECKED, ids=lambda row: row.name)
+def test_ours_computes_what_the_plain_form_does(row, few_networks):
+    assert row.check() is None
+
+
+@pytest.mark.parametrize("row", CHECKED, ids=lambda row: row.name)
+def test_a_check_finds_gradients_that_are_slightly_wrong(row, few_networks, monkeypatch):
+    """Of the first parameter alone, by a thousandth of the whole gradient."""
+    run = checks.run
+
+    def spoiled(model, loss):
+        output, gradients = run(model, loss)
+        if not type(model).__name__.startswith("Plain"):
+            size = sum(g.square().sum() for g in gradients.values()).sqrt()
+            first = gradients[next(iter(gradients))].view(-1)
+            first[0] += 1e-3 * size
+        return output, gradients
+
+    monkeypatch.setattr(checks, "run", spoiled)
+    assert re.fullmatch(r"gradients differ by 0.001\d* of their norm .*", row.check())
+
+
+def test_what_does_not_compile_is_one_line(few_networks, monkeypatch):
+    def fail(self, graph):
+        raise RuntimeError("C++ compile error\nkernel.cpp: error: conflicting declaration\n" * 1000)
+
+    monkeypatch.setattr(command, "compiled", lambda model: setattr(model, "forward", partial(fail, model)) or model)
+    assert checks.check_classifier("NG-T") == "RuntimeError: kernel.cpp: error: conflicting declaration"
+
+
+def test_fits_are_compared_with_the_plain_form(monkeypatch):
+    monkeypatch.setattr(siren, "_compiled_step", lambda architecture: architecture.step)
+    assert checks.check_inr_fit() is None
+    fit = siren.fit_sirens
+    monkeypatch.setattr(siren, "fit_sirens", lambda *a, learning_rate, **k: fit(*a, learning_rate=1.02e-3, **k))
+    assert "changes of parameters differ" in checks.check_inr_fit()
+
+
+def test_operations_of_a_step_are_those_of_its_products():
+    """Of a Linear: forward once, backward for weights and inputs, two operations per multiplication."""
+    linear, x = torch.nn.Linear(3, 5), torch.randn(7, 3, requires_grad=True)
+    assert device.count(lambda: linear(x).sum().backward()) == 3 * 2 * 3 * 5 * 7
+
+
+def test_ours_takes_fewer_operations_than_the_plain_form(few_networks):
+    cpu = torch.device("cpu")
+    for name in ("NG-GNN", "NG-T"):
+        ours, plain = (device.count(device.training_step(name, side, "float32", cpu, 2)) for side in (True, False))
+        assert 0 < ours < plain
+
+
+def test_models_on_a_device_are_a_share_of_its_peak(few_networks, monkeypatch, capsys):
+    monkeypatch.setattr(device, "MODELS", ("DWSNet",))
+    monkeypatch.setattr(device, "PRECISIONS", ("float32",))
+    (row,) = device.measure_device("cpu", batch=2, product=64)
+    *_, line = capsys.readouterr().out.splitlines()
+    assert line == str(row)
+    assert line.startswith("DWSNet float32")
+    assert line.count("%") == 2
+    row = device.Row("NG-T float32", 1e12, device.Speed(5000.0, 2.5e11), device.Speed(1000.0, 1e11))
+    assert str(row).split() == ["NG-T", "float32", "5,000", "25.0%", "1,000", "10.0%", "5.0"]
+    monkeypatch.setattr(checks, "check_classifier", lambda *_: "outputs differ")
+    assert str(device.measure_model("NG-T", "float32", torch.device("cpu"), 2, 1.0)).endswith("timed: outputs differ")
 
 
 MODELS = [row for name in ("models", "models_editing") for row in command.BENCHMARKS[name]]

@@ -1,13 +1,16 @@
 """`python -m ngcore.bench NAME [--json FILE]`: ours against a plain reference, in items per second.
 
 - `inr_fit`: fitting INRs;
-- `models`, `models_bfloat16`: training steps of the models that classify INRs;
+- `models`, `models_bfloat16`: training steps of the models that classify INRs; `models --device cuda` on a GPU
+  (`ngcore.bench.device`);
 - `models_editing`: of those that edit INRs, with rendering what they make;
 - `epoch`: what a training epoch costs outside of the model and the optimizer;
 - `graph`: tracing (which also says how many seconds a network takes) and binding weights to the wiring; its workloads
   are in `ngcore.bench.graph`;
 - `zoo`: training populations of CNNs, and the models that read them (`ngcore.bench.zoo`);
 - `l2o`: seconds of a step of learned optimizers and of Adam, beside the network's own pass (`ngcore.bench.l2o`).
+
+What these models and fits compute is compared with the plain form before anything is timed (`ngcore.bench.checks`).
 
 Workloads import what they run only when they are built, in processes of their own: the one that starts them
 stays small, because a process's peak memory counts from its parent's.
@@ -22,6 +25,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from ngcore.bench.checks import check_classifier, check_editor, check_inr_fit
+from ngcore.bench.device import measure_device
 from ngcore.bench.graph import GRAPH_NOTE, GRAPH_ROWS
 from ngcore.bench.harness import (
     Benchmark,
@@ -310,6 +315,7 @@ def an_epoch(method: str = "none") -> Workload:
 
     from ngcore.data.inrs.augment import Augmentation
     from ngcore.data.inrs.sets import INRSet
+    from ngcore.study.step import Step
     from ngcore.study.training import Schedule, train_epoch
     from ngcore.tasks.inr_classification import METHODS, Classification, build_model
 
@@ -322,7 +328,8 @@ def an_epoch(method: str = "none") -> Workload:
         torch.zeros(EPOCH_SIZE),
     )
     problem, optimizer = Classification(model, {"train": inrs}, Augmentation()), adamw(model)
-    return Workload(lambda: train_epoch(problem, schedule, optimizer, 0, 0, micro_batch), EPOCH_SIZE)
+    step = Step(problem, schedule, optimizer, micro_batch)
+    return Workload(lambda: train_epoch(step, 0, 0), EPOCH_SIZE)
 
 
 def idle_model() -> nn.Module:
@@ -353,12 +360,14 @@ def graph_model_row(
     reference: Callable[[], Workload],
 ) -> Benchmark:
     name = f"{model} {precision} (reference float32, batch {REFERENCE_BATCH})"
-    return Benchmark(name, "networks/s", partial(ours, precision), reference)
+    check = partial(check_classifier, model, precision)
+    return Benchmark(name, "networks/s", partial(ours, precision), reference, check=check)
 
 
 def editing_row(model: str, ours: Callable[[], Workload], reference: Callable[[], Workload]) -> Benchmark:
     name = f"{model} editing float32 (reference batch {REFERENCE_BATCH})"
-    return Benchmark(name, "networks/s", ours, reference, repetitions=EDITING_REPETITIONS)
+    check = partial(check_editor, model)
+    return Benchmark(name, "networks/s", ours, reference, repetitions=EDITING_REPETITIONS, check=check)
 
 
 def data_row(model: str, reference: Callable[[], Workload]) -> Benchmark:
@@ -366,11 +375,11 @@ def data_row(model: str, reference: Callable[[], Workload]) -> Benchmark:
 
 
 BENCHMARKS: dict[str, list[Benchmark]] = {
-    "inr_fit": [Benchmark("INR fitting", "INR-steps/s", our_inr_fit, plain_inr_fit)],
+    "inr_fit": [Benchmark("INR fitting", "INR-steps/s", our_inr_fit, plain_inr_fit, check=check_inr_fit)],
     "models": [
         graph_model_row("NG-GNN", "float32", our_ng_gnn, plain_ng_gnn),
         graph_model_row("NG-T", "float32", our_ng_t, plain_ng_t),
-        Benchmark("DWSNet float32", "networks/s", our_dwsnet, plain_dwsnet),
+        Benchmark("DWSNet float32", "networks/s", our_dwsnet, plain_dwsnet, check=partial(check_classifier, "DWSNet")),
     ],
     "models_bfloat16": [  # for CPUs that compute in it: elsewhere it is several times slower than float32
         graph_model_row("NG-GNN", "bfloat16", our_ng_gnn, plain_ng_gnn),
@@ -395,7 +404,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ngcore.bench", description=SUMMARY)
     parser.add_argument("name", metavar="NAME", choices=BENCHMARKS, help=", ".join(BENCHMARKS))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers as a list of objects")
+    parser.add_argument("--device", default="cpu", help="with `models`: cuda, for speed as a share of the GPU's peak")
     options = parser.parse_args(arguments)
+    if options.device != "cpu":
+        if options.name != "models" or options.json is not None:
+            parser.error("--device is for `models` alone, and writes no file")
+        return 1 if any(row.wrong for row in measure_device(options.device)) else 0
     if options.json is not None and not options.json.parent.is_dir():
         parser.error(f"--json {options.json}: make the directory {options.json.parent} first")
 
@@ -412,7 +426,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     if options.json is not None:
         write_json(results, options.json)
-    return 0
+    return 1 if any(result.wrong for result in results) else 0
 
 
 if __name__ == "__main__":

@@ -55,6 +55,9 @@ class Benchmark:
     `ours` and `reference` build the workloads, each in its own process: they are functions of a module, or
     `functools.partial`s of such, because they are sent there by name. There may be no reference.
 
+    `check` says what is wrong with what `ours` computes beside the reference, None for nothing; it runs before anything
+    is timed, in a process of its own too, and a row that is wrong is not timed.
+
     `memory` is the "peak" of the whole process, or the "extra" that one repetition takes beside what the process
     held before it, e.g. the parameters.
     """
@@ -66,6 +69,7 @@ class Benchmark:
     memory: Memory = "peak"
     warm_ups: int = WARM_UPS
     repetitions: int = REPETITIONS
+    check: Callable[[], str | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -78,16 +82,17 @@ class Result:
 
     name: str
     unit: str
-    ours: float
+    ours: float | None
     reference: float | None
     memory_mb: float | None
     reference_memory_mb: float | None
     fits: bool = True
+    wrong: str | None = None
 
     @property
     def ratio(self) -> float | None:
         """How many times as fast as the reference ours is."""
-        if self.reference is None:
+        if self.ours is None or self.reference is None:
             return None
         return self.reference / self.ours if self.unit == SECONDS else self.ours / self.reference
 
@@ -109,13 +114,18 @@ class DoesNotFitError(MemoryError):
 
 
 def measure(benchmark: Benchmark, repetitions: int | None = None) -> Result:
-    """Time both sides of a benchmark in turn.
+    """Time both sides of a benchmark in turn, unless what ours computes is found wrong.
 
     A reference that raises `DoesNotFitError` is left out.
 
     Raises:
         BenchmarkError: a worker raised (with its traceback) or died (with its exit code).
     """
+    if benchmark.check is not None:
+        with _worker(f"{benchmark.name}, check", benchmark.check, None) as worker:
+            wrong = worker.receive()
+        if wrong is not None:
+            return Result(benchmark.name, benchmark.unit, None, None, None, None, wrong=wrong)
     sides = {"ours": benchmark.ours}
     if benchmark.reference is not None:
         sides["reference"] = benchmark.reference
@@ -160,6 +170,8 @@ def table_header() -> str:
 
 def table_row(result: Result) -> str:
     """One line of the printed table."""
+    if result.wrong is not None:
+        return f"{result.name:<54} wrong, not timed: {result.wrong}"
     return _table_line(
         result.name,
         result.unit,
@@ -217,8 +229,10 @@ class _Worker:
 
 
 @contextmanager
-def _worker(title: str, factory: Callable[[], Workload], warm_ups: int) -> Iterator[_Worker]:
-    """A process that builds a workload, warms it up and answers requests; it is ended with the context."""
+def _worker(title: str, factory: Callable[[], Any], warm_ups: int | None) -> Iterator[_Worker]:
+    """A process that builds a workload, warms it up and answers requests; it is ended with the context.
+
+    Where `warm_ups` is None it only answers with what `factory` gives."""
     context = multiprocessing.get_context("spawn")
     parents_end, workers_end = context.Pipe()
     process = context.Process(target=_serve, args=(factory, workers_end, warm_ups), daemon=True)
@@ -247,7 +261,7 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _serve(factory: Callable[[], Workload], connection: Connection, warm_ups: int) -> None:
+def _serve(factory: Callable[[], Any], connection: Connection, warm_ups: int | None) -> None:
     """The worker: say how many items a repetition has, then answer "run", "peak" and "extra" until None comes."""
     answers = {
         "run": lambda: _seconds(workload.run),
@@ -256,9 +270,9 @@ def _serve(factory: Callable[[], Workload], connection: Connection, warm_ups: in
     }
     try:
         workload = factory()
-        for _ in range(warm_ups):
+        for _ in range(warm_ups or 0):
             workload.run()
-        connection.send(("value", workload.items))
+        connection.send(("value", workload if warm_ups is None else workload.items))
         for request in iter(connection.recv, None):
             connection.send(("value", answers[request]()))
     except DoesNotFitError as error:
