@@ -1,6 +1,7 @@
 """Verdicts on claims whose truth is known."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,7 @@ from ngcore.study.claims import FAILS, HOLDS, NOT_RUN, OPEN, Claim
 from ngcore.study.evidence import mean_of
 from ngcore.tasks.claims import CLAIMS, metric_of_runs
 
+ROOT = Path(__file__).resolve().parents[1]
 MEAN = mean_of(lambda record: record["metrics"]["right"], 100)
 
 
@@ -71,6 +73,22 @@ def test_orders_are_of_rows_that_the_paper_has(tmp_path, records):
     text = (tmp_path / "claims.md").read_text()
     assert "1 claims: 1 holds, 0 does not hold" in text
     assert "| table 9 |  | 3 | 0.33 |" in text
+
+
+def test_claims_go_between_their_marks():
+    text = "a\n<!-- claims of figures/x -->\nold\n<!-- end of claims -->\nb\n"
+    found = claims.into(text, "figures/x", "new\n")
+    assert found == text.replace("old", "new")
+    assert claims.into(found, "figures/x", "new") == found
+    assert claims.into(text, "figures/y", "new") == text
+    with pytest.raises(ValueError, match="is missing"):
+        claims.into("<!-- claims of figures/x -->", "figures/x", "new")
+
+
+def test_the_readme_shows_the_stored_claims():
+    readme, stored = ((ROOT / name).read_text() for name in ("README.md", "figures/cpu/claims.md"))
+    assert claims.into(readme, "figures/cpu", stored) == readme
+    assert stored.strip() in readme
 
 
 def test_the_papers_differences_are_the_papers():

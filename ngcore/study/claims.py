@@ -15,7 +15,7 @@ import pandas as pd
 from scipy.stats import kendalltau
 
 from ngcore.files import write_atomically
-from ngcore.study.evidence import Interval, Measure, difference
+from ngcore.study.evidence import Interval, Measure, difference, keeps_results
 from ngcore.study.runs import Record
 
 HOLDS, FAILS, OPEN, NOT_RUN = "holds", "does not hold", "cannot be told at this scale", "not run"
@@ -52,9 +52,9 @@ class Claim:
     shared: Mapping[str, Any] = field(default_factory=dict)
 
     def rows(self, records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
-        """The records of both rows."""
-        first, second = (having(records, **self.shared, **own) for own in (self.ours, self.theirs))
-        return first, second
+        """The records of both rows that keep the results of single units."""
+        kept = [record for record in having(records, **self.shared) if keeps_results(self.measure, record)]
+        return having(kept, **self.ours), having(kept, **self.theirs)
 
     def tested(self, records: Sequence[Record]) -> Interval | None:
         """The difference, positive where the claim is right; None where a row was not run."""
@@ -137,6 +137,24 @@ def write(directory: Path, claims: Sequence[Claim], records: Sequence[Record]) -
     if len(agreement):
         parts += ["Kendall's τ between our column and the paper's:", markdown(agreement)]
     write_atomically(directory / "claims.md", "\n\n".join(parts) + "\n")
+
+
+BEGIN, END = "<!-- claims of {} -->", "<!-- end of claims -->"
+
+
+def into(text: str, directory: str, claims: str) -> str:
+    """A text with the claims of a directory between its marks; as it is where it has no marks of that directory.
+
+    Raises:
+        ValueError: the end is missing.
+    """
+    begin = BEGIN.format(directory)
+    if begin not in text:
+        return text
+    before, rest = text.split(begin, 1)
+    if END not in rest:
+        raise ValueError(f"after {begin!r} the mark {END!r} is missing")
+    return f"{before}{begin}\n{claims.strip()}\n{END}{rest.split(END, 1)[1]}"
 
 
 def markdown(table: pd.DataFrame) -> str:

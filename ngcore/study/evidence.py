@@ -126,7 +126,7 @@ def with_intervals(
     leaves out 0. Rows of records that keep no results of single units have no interval and don't take part.
     """
     rows = [[r for r in records if all(r["config"][name] == row[name] for name in by)] for _, row in table.iterrows()]
-    kept = [bool(own) and all(_keeps_results(measure, record) for record in own) for own in rows]
+    kept = [bool(own) and all(keeps_results(measure, record) for record in own) for own in rows]
     ends = [interval(own, measure) if is_kept else None for own, is_kept in zip(rows, kept, strict=True)]
     table = table.assign(
         low=[np.nan if found is None else found.low for found in ends],
@@ -143,7 +143,8 @@ def with_intervals(
     return table
 
 
-def _keeps_results(measure: Measure, record: Mapping[str, Any]) -> bool:
+def keeps_results(measure: Measure, record: Mapping[str, Any]) -> bool:
+    """Whether a record has what the measure needs: earlier ones kept no results of single units."""
     try:
         measure.results(record)
     except KeyError:

@@ -16,6 +16,8 @@ import pandas as pd
 from ngcore.data.inrs.augment import Augmentation
 from ngcore.data.zoos import wild_park
 from ngcore.study import comparison
+from ngcore.study.claims import having
+from ngcore.study.evidence import difference
 from ngcore.study.plans import Plan, Runs
 from ngcore.study.runs import Record, make_record
 from ngcore.study.tables import beside_published, describe_scale
@@ -148,7 +150,21 @@ def compare(
     """The table of a question's records and its caption. `of` is the population of CNNs, if any."""
     metric, scale = (f"test_{of.dataset}_tau", 1) if of else ("test_accuracy", 100)
     table = comparison.differences(records, base, metric=metric, scale=scale, by=by, methods=METHODS)
+    if of is None:
+        table = over_test_inrs(table, records, base, by)
     return table, f"{what} {scale_of(records, profile, of)}"
+
+
+def over_test_inrs(table: pd.DataFrame, records: Sequence[Record], base: str, by: Sequence[str]) -> pd.DataFrame:
+    """Differences with intervals over test INRs and seeds in place of seeds alone: one seed, too, has one."""
+    table = table.copy()
+    for i, row in table[table["verdict"] != "base"].iterrows():
+        same = {name: row[name] for name in by}
+        ours, theirs = (having(records, variant=name, **same) for name in (row["variant"], base))
+        found = difference(ours, theirs, inr_classification.ACCURACY)
+        verdict = ("better" if found.value > 0 else "worse") if found.excludes_zero else "inside the noise"
+        table.loc[i, ["difference", "low", "high", "verdict"]] = [*found, verdict]
+    return table
 
 
 def with_and_without(table: pd.DataFrame, published: Mapping[str, Any]) -> pd.DataFrame:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ngcore.files import REPOSITORY, write_atomically
 from ngcore.study import claims
 from ngcore.study.claims import Claim
 from ngcore.study.evidence import Measure
@@ -50,8 +51,14 @@ CLAIMS = [*classification_claims("mnist", 3), *classification_claims("fashion_mn
 
 
 def write(directory: Path, records: Sequence[Record]) -> None:
-    """Write `claims.md` beside a profile's tables."""
+    """Write `claims.md` beside a profile's tables, and into the README, if it shows those of this directory."""
     claims.write(directory, CLAIMS, records)
+    if REPOSITORY and directory.is_relative_to(REPOSITORY):
+        readme, place = REPOSITORY / "README.md", directory.relative_to(REPOSITORY).as_posix()
+        text = readme.read_text(encoding="utf-8")
+        found = claims.into(text, place, (directory / "claims.md").read_text(encoding="utf-8"))
+        if found != text:
+            write_atomically(readme, found)
 
 
 def metric_of_runs(metric: str, scale: int | float = 1) -> Measure:
