@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.overrides import TorchFunctionMode
 
 from ngcore.data.inrs import sets as inrs
 from ngcore.data.inrs import siren
@@ -246,3 +247,41 @@ def test_weight_dropout_zeroes_its_share_and_no_bias():
     assert (changed["layers.1.weight"] == 0).float().mean().item() == pytest.approx(0.1, abs=0.01)
     assert all((changed[name] == 1).all() for name in siren.SHAPES if name.endswith("bias"))
     assert all((values == 1).all() for values in parameters.values())  # the input is left alone
+
+
+def test_shards_fitted_together_are_those_fitted_one_by_one(tmp_path, monkeypatch):
+    """As on a GPU: one tensor program fits several shards, the last of which is short, but for those that are there."""
+    monkeypatch.setattr(inrs, "SHARD", 4)
+    whole = {}
+    for name, batch in (("alone", 2), ("together", 8)):
+        monkeypatch.setitem(inrs.BATCH, "cpu", batch)
+        if name == "together":
+            directory = tmp_path / name / "inrs" / RECIPE.name
+            directory.mkdir(parents=True)
+            middle = tmp_path / "alone" / "inrs" / RECIPE.name / "000004_000007.safetensors"
+            save_file(load_file(middle), directory / middle.name)
+        whole[name] = fit_set(RECIPE, 14, tmp_path / name)
+    files = [{path.name for path in (tmp_path / name / "inrs" / RECIPE.name).iterdir()} for name in whole]
+    assert files[0] == files[1] == {f"{a:06d}_{b:06d}.safetensors" for a, b in ((0, 3), (4, 7), (8, 11), (12, 13))}
+    for name, values in whole["alone"].parameters.items():
+        torch.testing.assert_close(whole["together"].parameters[name], values, rtol=0, atol=1e-6)
+    assert torch.equal(whole["together"].labels, whole["alone"].labels)
+
+
+class Copies(TorchFunctionMode):
+    """Counts what would be copied to a GPU, which waits for it."""
+
+    count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor, torch.Tensor.to)
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_step_of_a_fit_brings_anything_to_the_device():
+    counts = []
+    for steps in (3, 9):
+        with Copies() as copies:
+            siren.fit_sirens(smooth_images(2), siren.initialize(range(2)), steps=steps, learning_rate=1e-3)
+        counts.append(copies.count)
+    assert counts[0] == counts[1] > 0

@@ -177,9 +177,9 @@ class GraphBatch:
     ) -> NeuralGraph:
         own = []
         for block, values in zip(wiring.blocks, edges, strict=True):
-            inside = window_of((block.kernel, block.weight is not None), self.frame) >= 0
+            places = _places_of((block.kernel, block.weight is not None), self.frame, values.device)
             by_place = values.flatten(1, 2).unflatten(-1, (self.frame.features, -1))
-            own.append(by_place[..., inside.to(values.device), :].flatten(-2))
+            own.append(by_place.index_select(-2, places).flatten(-2))
         return NeuralGraph(wiring, tuple(nodes), tuple(own))
 
     def __repr__(self) -> str:
@@ -341,6 +341,12 @@ def hops_to_outputs(wiring: Wiring) -> list[int]:
             near = min(hops[block.source], hops[block.target]) + 1
             hops[block.source], hops[block.target] = min(hops[block.source], near), min(hops[block.target], near)
     return hops
+
+
+@lru_cache(maxsize=256)
+def _places_of(kind: KernelKind, frame: Frame, device: torch.device) -> Int[Tensor, " numbers"]:
+    """Where in the flattened window numbers lie, brought to a device once."""
+    return (window_of(kind, frame) >= 0).nonzero().squeeze(1).to(device)
 
 
 def window_of(kind: KernelKind, frame: Frame) -> Tensor:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ngcore.precision import without_autocast
 
-def composing(weight: Tensor) -> torch.autocast:
+
+def composing(weight: Tensor) -> AbstractContextManager[Any]:
     """While maps are composed: in their own precision, since the result is rounded where it is applied."""
-    return torch.autocast(weight.device.type, enabled=False)
+    return without_autocast(weight.device.type)
 
 
 class Affine(NamedTuple):

@@ -16,6 +16,7 @@ from ngcore.graph.collection import Collection
 from ngcore.graph.forward import activations as run
 from ngcore.graph.frame import Frame
 from ngcore.models.affine import Affine
+from ngcore.precision import exact
 
 FREQUENCIES = 128
 STATISTICS_BATCH = 4096  # networks whose numbers are summed at a time
@@ -205,7 +206,7 @@ class ProbeFeatures(nn.Module):
 
     def of_graph(self, graph: NeuralGraph) -> Float[Tensor, "networks nodes width"]:
         """Of networks with one wiring."""
-        with torch.autocast(self.points.device.type, enabled=False):  # a sine's phase needs all of its digits
+        with exact(self.points.device.type):  # a sine's phase needs all of its digits
             values = run(graph, self.points)
         slots = [self.frame.slot(group, group.kind) for group in graph.wiring.groups]
         return torch.cat([self.norm[s](self.project[s](x)) for x, s in zip(values, slots, strict=True)], dim=1)

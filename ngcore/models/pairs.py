@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ngcore.graph.batch import GraphBatch
+from ngcore.graph.wiring import Wiring
 
 Pairs = tuple[slice, slice]  # rows (targets) and columns (sources) of the pairs of nodes
 EVERY = slice(None)
@@ -40,7 +41,7 @@ class Places:
 
     @classmethod
     def of(cls, batch: GraphBatch) -> Places:
-        run = _run_of([place for place in batch.outputs[0].tolist() if place >= 0]) if batch.is_static else None
+        run = _run_of(_outputs_of(batch.graphs[0][1].wiring)) if batch.is_static else None
         if run is not None:
             count = len(batch.network)
             place = torch.arange(count, device=batch.network.device)
@@ -68,6 +69,11 @@ class Places:
         if self.in_order:
             return states
         return states.reshape(copies, -1, states.shape[-1])[:, self.network * self.size + self.place]
+
+
+def _outputs_of(wiring: Wiring) -> list[int]:
+    """Places of the output neurons, known without a look at a tensor, for which a GPU would be waited for."""
+    return [wiring.offsets[g] + i for g in wiring.with_role("output") for i in range(wiring.groups[g].size)]
 
 
 def _run_of(places: Sequence[int]) -> tuple[int, int] | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ngcore.study.execution import Execution, OutOfTime
 from ngcore.study.executor import RunsFailed
+from ngcore.study.packing import PackError, pack, unpack
 from ngcore.study.profiles import (
     NotebookError,
     ProfileError,
@@ -32,12 +33,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _use_archives(options.data_dir)
         if options.command == "train":
             train(options.profile, options.only, options.minutes)
+        elif options.command == "pack":
+            for path in pack(options.directory, options.profile, not options.no_checkpoints):
+                print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+        elif options.command == "unpack":
+            found = unpack(options.directory)
+            print(f"new: {found.runs} runs, {found.records} published records, {found.checkpoints} checkpoints")
         else:
             show(options.profile, getattr(options, "only", None), options.command == "run")
     except ProfileError as error:
         print(f"error: {error}", file=sys.stderr)
         return WRONG
-    except (NotebookError, RunsFailed, RunError) as error:
+    except (NotebookError, RunsFailed, RunError, PackError) as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
     except OutOfTime as end:
@@ -87,7 +94,7 @@ def train(profile: str, only: Sequence[str] | None = None, minutes: float | None
     tasks.train_all(
         {number: parameters for number, (_, parameters) in notebooks.items()},
         training.worth,
-        Execution(deadline=deadline, matmul=training.matmul),
+        Execution(deadline=deadline, matmul=training.matmul, captured=training.captured),
         lambda number, count: print(f"{count} records of {notebooks[number][0]} are stored", flush=True),
     )
 
@@ -98,7 +105,12 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="execute the notebooks; runs that are stored are not trained again")
     runs = commands.add_parser("train", help="execute their runs alone, without Jupyter; stored ones not again")
     figures = commands.add_parser("figures", help="redraw tables and figures from stored runs, without training")
-    for command in (run, runs, figures):
+    packing = commands.add_parser("pack", help="write stored runs into a few small files, for another machine")
+    unpacking = commands.add_parser("unpack", help="take the runs of such files into the cache and the results")
+    for command in (packing, unpacking):
+        command.add_argument("directory", type=Path, help="of these files")
+    packing.add_argument("--no-checkpoints", action="store_true", help="nothing of runs that are not finished")
+    for command in (run, runs, figures, packing):
         command.add_argument("--profile", default="quick", help="a file of notebooks/profiles (default: quick)")
     for command in (run, runs):
         command.add_argument(

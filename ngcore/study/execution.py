@@ -39,6 +39,7 @@ class Execution:
         matmul: of float32 products in training on a GPU, as `torch.set_float32_matmul_precision` has it: "highest", or
             "high" for TF32, which reads the first 10 of 23 fraction bits of what it multiplies. What needs all digits
             has them (`ngcore.precision`).
+        captured: on a GPU a training step is one CUDA graph where its shapes are always the same.
     """
 
     device: str | None = None
@@ -47,6 +48,7 @@ class Execution:
     workers: int | None = None
     deadline: float | None = None
     matmul: str = "highest"
+    captured: bool = True
 
     @property
     def where(self) -> str:

@@ -29,11 +29,12 @@ class Training:
 
     Args:
         worth: which runs come first, see `ngcore.study.plans`; nothing: notebook after notebook.
-        matmul: see `ngcore.study.execution.Execution`.
+        matmul, captured: see `ngcore.study.execution.Execution`.
     """
 
     worth: tuple[dict[str, Any], ...] = ()
     matmul: str = "highest"
+    captured: bool = True
 
 
 def find_notebooks(directory: Path) -> dict[str, Path]:
@@ -98,7 +99,7 @@ def load_training(name: str, directory: Path) -> Training:
         return Training(**own | {"worth": tuple(map(dict, own.get("worth", ())))})
     except (TypeError, ValueError) as error:
         raise ProfileError(
-            f"{directory / name}.yaml: '{TRAINING}' holds `worth`, a list of mappings, and `matmul`: {error}"
+            f"{directory / name}.yaml: '{TRAINING}' holds `worth`, a list of mappings, `matmul` and `captured`: {error}"
         ) from error
 
 

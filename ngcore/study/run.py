@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ngcore.precision import products
 from ngcore.processes import is_over, until
 from ngcore.study.execution import DEFAULT, Execution, OutOfTime
 from ngcore.study.lock import exclusive
@@ -124,7 +126,8 @@ def execute(experiments: Experiments, config: Any, execution: Execution = DEFAUL
             return record
         execution.leave_in_time()
         job = _job(experiments, experiment, config, execution, stored, report)
-        outcome = experiment.produce(config, data, job)
+        with products(execution.matmul) if device == "cuda" else nullcontext():
+            outcome = experiment.produce(config, data, job)
         return stored.finish(outcome.metrics, outcome.weights, _conditions(job, outcome))
 
 
@@ -159,4 +162,6 @@ def _conditions(job: Job, outcome: Outcome) -> dict[str, Any]:
     """What a record says of how and with what it was made."""
     compiled = job.compiled if outcome.compiled is None else outcome.compiled
     settings = {"micro_batch": job.micro_batch, "compiled": compiled, "threads": torch.get_num_threads()}
+    if job.device == "cuda":
+        settings |= {"matmul": job.execution.matmul, "captured": job.execution.captured}
     return environment(job.device) | settings | {"train_seconds": round(outcome.seconds, 1)}

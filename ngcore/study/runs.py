@@ -20,7 +20,7 @@ import subprocess
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import pooch
@@ -126,10 +126,19 @@ def read_record(path: Path) -> Record:
         RunError: the file is unreadable or its identity and data do not hash to the run that it is stored as.
     """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RunError(f"{path} is not a stored run ({error!r}); delete it and run again") from error
+    return record_from(text, path)
+
+
+def record_from(text: str, path: PurePath) -> Record:
+    """The record of a file with this text, checked as by `read_record`."""
+    try:
+        record = json.loads(text)
         name, found = record["hash"], run_hash(record["identity"], record["data"])
         consistent = _is_part(record["identity"], record["config"])
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{path} is not a stored run ({error!r}); delete it and run again") from error
     if found != name or name not in (path.stem, path.parent.name) or not consistent:
         raise RunError(

@@ -13,10 +13,12 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from ngcore.precision import products
 from ngcore.study.compiling import compile_or_not
 from ngcore.study.execution import can_compile as can_compile
 from ngcore.study.run import Job, Outcome
 from ngcore.study.runs import StoredRun
+from ngcore.study.step import Step, autocast, loss_of
 
 
 @dataclass(frozen=True)
@@ -86,11 +88,14 @@ def train(problem: Problem, schedule: Schedule, seed: int, job: Job) -> Outcome:
     optimizer = optimizer_of(model, schedule)
     state = _resume(job.stored, model, optimizer)
     rows = torch.arange(min(job.micro_batch or schedule.batch, problem.train_size), device=job.device)
-    compiled = job.compiled and compile_or_not(model, partial(_loss, problem, schedule, rows), schedule.precision)
-    leave = lambda epoch: job.execution.leave_in_time(state["seconds"] / max(1, epoch))  # noqa: E731
-    for epoch, scores in epochs(problem, schedule, seed, state, optimizer, job.micro_batch, leave):
+    compiled = job.compiled and compile_or_not(model, partial(loss_of, problem, schedule, rows), schedule.precision)
+    step = Step(problem, schedule, optimizer, job.micro_batch, job.execution.captured)
+    expected = state["seconds"] / max(1, state["epoch"])  # an epoch takes, what is compiled before the first counted in
+    leave = lambda _: job.execution.leave_in_time(expected)  # noqa: E731
+    for epoch, scores in epochs(step, seed, state, leave):
         _check_finite(job.stored, epoch, scores, model)
-        state["seconds"] += time.monotonic() - started
+        expected = time.monotonic() - started
+        state["seconds"] += expected
         started = time.monotonic()
         job.stored.save_checkpoint(state | {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
         job.report(epoch, scores)
@@ -108,23 +113,20 @@ def networks_seen(problem: Problem, schedule: Schedule) -> int:
 def optimizer_of(model: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
     """AdamW with amsgrad, as the papers have it."""
     rates = {"lr": schedule.learning_rate, "weight_decay": schedule.weight_decay}
-    return torch.optim.AdamW(model.parameters(), **rates, amsgrad=True, fused=True)
+    device = next(model.parameters()).device.type
+    fused, capturable = device in ("cpu", "cuda"), device == "cuda"
+    return torch.optim.AdamW(model.parameters(), **rates, amsgrad=True, fused=fused, capturable=capturable)
 
 
 def epochs(
-    problem: Problem,
-    schedule: Schedule,
-    seed: int,
-    state: dict[str, Any],
-    optimizer: torch.optim.Optimizer,
-    micro_batch: int = 0,
-    before: Callable[[int], None] = lambda epoch: None,
+    step: Step, seed: int, state: dict[str, Any], before: Callable[[int], None] = lambda epoch: None
 ) -> Iterator[tuple[int, dict[str, float]]]:
     """The epochs that `state` has still before it, each with its scores; `before` is called with each one's number.
 
     Raises:
         ValueError: there is nothing to train.
     """
+    problem, schedule = step.problem, step.schedule
     if min(schedule.epochs, problem.train_size // schedule.batch) < 1:
         raise ValueError(
             f"nothing to train: {schedule.epochs} epochs of {problem.train_size} networks "
@@ -132,7 +134,7 @@ def epochs(
         )
     for epoch in range(state["epoch"], schedule.epochs):
         before(epoch)
-        loss = train_epoch(problem, schedule, optimizer, seed, epoch, micro_batch)
+        loss = train_epoch(step, seed, epoch)
         with _evaluation(schedule, problem.model):
             scores = {"train_loss": loss, **problem.validate()}
         _note(state, epoch, scores, problem.model)
@@ -166,22 +168,20 @@ def _resume(stored: StoredRun, model: nn.Module, optimizer: torch.optim.Optimize
     if state is None:
         return new_state()
     model.load_state_dict(state.pop("model"))
-    optimizer.load_state_dict(state.pop("optimizer"))
+    own = optimizer.state_dict()["param_groups"]  # a checkpoint may be another device's
+    optimizer.load_state_dict({"state": state.pop("optimizer")["state"], "param_groups": own})
     return state
-
-
-def _autocast(schedule: Schedule, device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=schedule.precision == "bfloat16")
 
 
 @contextmanager
 def _evaluation(schedule: Schedule, model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, not compiled: compiling again for it would cost more than it saves."""
+    """Evaluation mode, with all digits of float32; not compiled: compiling again would cost more than it saves."""
     model.eval()
     with (
         torch.no_grad(),
         torch.compiler.set_stance("force_eager"),
-        _autocast(schedule, next(model.parameters()).device),
+        products("highest"),
+        autocast(schedule, next(model.parameters()).device),
     ):
         yield
 
@@ -195,38 +195,18 @@ def learning_rate(schedule: Schedule, step: int, total: int) -> float:
     return schedule.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def train_epoch(
-    problem: Problem,
-    schedule: Schedule,
-    optimizer: torch.optim.Optimizer,
-    seed: int,
-    epoch: int,
-    micro_batch: int = 0,
-) -> float:
-    """One pass over the training set, with so many networks per forward and backward pass; its mean loss."""
-    problem.model.train()
+def train_epoch(step: Step, seed: int, epoch: int) -> float:
+    """One pass over the training set; its mean loss. Of a GPU nothing is waited for before the end."""
+    step.problem.model.train()
     torch.manual_seed(seed * 1_000_003 + epoch)
-    device = next(problem.model.parameters()).device
-    batches = problem.train_size // schedule.batch
-    order = torch.randperm(problem.train_size)[: batches * schedule.batch].to(device)
-    total = torch.zeros((), device=device)
+    size, schedule = step.problem.train_size, step.schedule
+    batches = size // schedule.batch
+    order = torch.randperm(size)[: batches * schedule.batch].to(step.device)
+    first, last = epoch * batches, schedule.epochs * batches
+    step.begin([learning_rate(schedule, first + i, last) for i in range(batches)])
     for i, rows in enumerate(order.split(schedule.batch)):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(schedule, epoch * batches + i, schedule.epochs * batches)
-        optimizer.zero_grad()
-        for part in rows.split(micro_batch or schedule.batch):
-            loss = _loss(problem, schedule, part)
-            loss.backward()
-            total += loss.detach()
-        nn.utils.clip_grad_norm_(problem.model.parameters(), schedule.clip)
-        optimizer.step()
-    return (total / batches).item()
-
-
-def _loss(problem: Problem, schedule: Schedule, rows: Tensor) -> Tensor:
-    """What some rows of a batch add to its mean loss."""
-    with _autocast(schedule, rows.device):
-        return problem.loss(rows) / schedule.batch
+        step(i, rows)
+    return (step.total / batches).item()
 
 
 def _check_finite(stored: StoredRun, epoch: int, scores: dict[str, float], model: nn.Module) -> None:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ngcore.graph import NeuralGraph
 from ngcore.graph.collection import Collection
+from ngcore.study.step import Step
 from ngcore.study.training import Schedule, new_state, optimizer_of, tested
 from ngcore.study.training import epochs as _epochs
 
@@ -115,7 +116,7 @@ def fit(
     schedule = Schedule(epochs, min(batch, len(train)), learning_rate, warmup=10, decay=True)
     state, optimizer = new_state(), optimizer_of(model, schedule)
     with tqdm(total=epochs, unit="epoch") as bar:
-        for _, scores in _epochs(problem, schedule, seed, state, optimizer):
+        for _, scores in _epochs(Step(problem, schedule, optimizer), seed, state):
             bar.update()
             bar.set_postfix(loss=f"{scores['train_loss']:.3f}", score=f"{scores['val_score']:.3f}")
     score = tested(problem, schedule, state)["test_score"]

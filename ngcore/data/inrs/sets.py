@@ -9,7 +9,7 @@ it was at.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,9 @@ from ngcore.processes import completed, in_turn
 
 MAX_IMAGES = 100_000  # more than any split holds
 SHARD = 256  # networks per file
-BATCH = {"cpu": 16, "cuda": SHARD}  # networks per tensor program: on a CPU the working set stays in its cache
+# Networks per tensor program. On a CPU the working set stays in its cache. On a GPU, whole shards: 0.4 GB for every
+# value of all hidden neurons at all pixels, of which a step keeps some ten.
+BATCH = {"cpu": 16, "cuda": 16 * SHARD}
 
 # Of each parameter over the published training sets (data/README.md): mean, 0.0 for "near 0", and deviation.
 PUBLISHED = {
@@ -148,16 +150,32 @@ class _Batch:
         return INRSet(parameters, self.images.labels, self.images.index, fit.psnr[:count].cpu())
 
 
-def _batches(recipe: Recipe, images: Images, rows: range, device: str, compiled: bool) -> list[_Batch]:
-    size = BATCH[device]
-    cuts = [list(rows[i : i + size]) for i in range(0, len(rows), size)]  # indexing copies: a view is sent as a whole
-    return [
-        _Batch(recipe, Images(images.pixels[cut], images.labels[cut], images.index[cut]), device, compiled)
-        for cut in cuts
-    ]
+@dataclass(frozen=True, eq=False)
+class _Work:
+    """Shards that are fitted together, and the batches that they are fitted in: those of a shard, or shards of one."""
+
+    shards: tuple[tuple[Path, int], ...]
+    batches: tuple[_Batch, ...]
+
+    @classmethod
+    def on(
+        cls, shards: Sequence[tuple[Path, range]], recipe: Recipe, images: Images, device: str, compiled: bool
+    ) -> _Work:
+        rows = [row for _, shard in shards for row in shard]
+        cuts = [rows[i : i + BATCH[device]] for i in range(0, len(rows), BATCH[device])]
+        own = [Images(images.pixels[cut], images.labels[cut], images.index[cut]) for cut in cuts]  # copies, not views
+        batches = tuple(_Batch(recipe, some, device, compiled) for some in own)
+        return cls(tuple((path, len(shard)) for path, shard in shards), batches)
+
+    def write(self, parts: Sequence[INRSet]) -> None:
+        """Store all shards, given what the batches gave."""
+        inrs, first = _concatenate(parts), 0
+        for path, count in self.shards:
+            _write_shard(path, inrs[first : first + count])
+            first += count
 
 
-def _concatenate(parts: list[INRSet]) -> INRSet:
+def _concatenate(parts: Sequence[INRSet]) -> INRSet:
     return INRSet(
         {name: torch.cat([part.parameters[name] for part in parts]) for name in siren.SHAPES},
         torch.cat([part.labels for part in parts]),
@@ -185,8 +203,10 @@ def fit_set(
     directory.mkdir(parents=True, exist_ok=True)
     rows = [range(first, min(first + SHARD, count)) for first in range(0, count, SHARD)]
     paths = [directory / f"{shard[0]:06d}_{shard[-1]:06d}.safetensors" for shard in rows]
-    missing = {path: shard for path, shard in zip(paths, rows, strict=True) if not path.exists()}
-    work = {path: _batches(recipe, images, shard, device, compiled) for path, shard in missing.items()}
+    missing = [(path, shard) for path, shard in zip(paths, rows, strict=True) if not path.exists()]
+    together = max(1, BATCH[device] // SHARD)
+    groups = [missing[i : i + together] for i in range(0, len(missing), together)]
+    work = [_Work.on(group, recipe, images, device, compiled) for group in groups]
     _fit_and_store(work, workers, f"fitting {recipe.dataset} INRs ({recipe.split})")
     inrs = _concatenate([_read_shard(path) for path in paths])
     if not (torch.equal(inrs.index, images.index) and torch.equal(inrs.labels, images.labels)):
@@ -196,21 +216,21 @@ def fit_set(
     return inrs
 
 
-def _fit_and_store(work: Mapping[Path, list[_Batch]], workers: int, title: str) -> None:
-    """Fit all batches and write every shard as soon as its own are fitted."""
-    batches = [(path, batch) for path, own in work.items() for batch in own]
+def _fit_and_store(work: Sequence[_Work], workers: int, title: str) -> None:
+    """Fit all batches and write shards as soon as their own are fitted."""
+    batches = [(own, batch) for own in work for batch in own.batches]
     items = [(batch,) for _, batch in batches]
-    parts: dict[Path, dict[int, INRSet]] = {path: {} for path in work}
+    parts: dict[_Work, dict[int, INRSet]] = {own: {} for own in work}
     fitted, psnr = 0, 0.0
     ended = in_turn(_Batch.fit, items) if workers == 1 else completed(_Batch.fit, items, workers)
     total = sum(len(batch.images) for _, batch in batches)
     with tqdm(total=total, desc=title, unit="INR", disable=not work) as bar:
         for number, future in ended:
-            path, part = batches[number][0], future.result()
-            parts[path][number] = part
+            own, part = batches[number][0], future.result()
+            parts[own][number] = part
             fitted, psnr = fitted + len(part), psnr + part.psnr.sum().item()
             bar.update(len(part))
             bar.set_postfix_str(f"mean PSNR {psnr / fitted:.2f} dB")
-            if len(parts[path]) == len(work[path]):
-                own = parts.pop(path)
-                _write_shard(path, _concatenate([own[i] for i in sorted(own)]))
+            if len(parts[own]) == len(own.batches):
+                found = parts.pop(own)
+                own.write([found[i] for i in sorted(found)])

@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ngcore.precision import exact
+
 OUTPUT_OFFSET = 0.5  # added to the last layer, so that an untrained INR is mid-grey
 STOP_PSNR = 40.0  # dB
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # Adam's, as in torch.optim
@@ -107,9 +109,9 @@ class Siren:
         Shapes:
             output: (*n, side, side) for two coordinates and one value of a point, (*n, 3, side, side) for three values
         """
-        axes = self.sizes[0]
-        x = pixel_coordinates(side, axes).to(parameters["layers.0.weight"])
-        with torch.autocast(x.device.type, enabled=False):  # a sine's phase needs all of its digits
+        axes, first = self.sizes[0], parameters["layers.0.weight"]
+        x = _coordinates_like(first.dtype, first.device, side, axes)
+        with exact(x.device.type):  # a sine's phase needs all of its digits
             for i in range(len(self.sizes) - 1):
                 x = torch.sin(self.omega * x) if i else x
                 x = parameters[f"layers.{i}.weight"] @ x + parameters[f"layers.{i}.bias"].unsqueeze(-1)
@@ -184,11 +186,12 @@ class Siren:
         step = _compiled_step(self) if compiled else self.step
         side = images.shape[-1]
         target = images.reshape(len(images), self.sizes[-1], -1).to(initial)
-        coordinates = pixel_coordinates(side, self.sizes[0]).to(initial)
+        coordinates = _coordinates_like(initial.dtype, initial.device, side, self.sizes[0])
+        rates = [(learning_rate / (1 - BETA1**i), math.sqrt(1 - BETA2**i)) for i in range(1, steps + 1)]
         state = initial, torch.zeros_like(initial), torch.zeros_like(initial)
-        for i in range(1, steps + 1):
-            rates = initial.new_tensor([learning_rate / (1 - BETA1**i), math.sqrt(1 - BETA2**i)])
-            state = step(state, target, coordinates, rates)
+        with exact(initial.device.type):
+            for own in initial.new_tensor(rates):  # on the device beforehand: no step waits for one
+                state = step(state, target, coordinates, own)
         parameters = self.unflatten(state[0])
         reached = psnr((self.render(parameters, side) - images.to(initial)).square().flatten(1).mean(1))
         if not torch.isfinite(reached).all():
@@ -197,6 +200,12 @@ class Siren:
                 f"the fit of INR {worst} of this batch diverged at learning rate {learning_rate}; lower it"
             )
         return Fit(parameters, reached)
+
+
+@cache
+def _coordinates_like(dtype: torch.dtype, device: torch.device, side: int, axes: int) -> Float[Tensor, "axes points"]:
+    """`pixel_coordinates`, brought to a device once."""
+    return pixel_coordinates(side, axes).to(device, dtype)
 
 
 def _outer_sum(weight: Tensor, coordinates: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -11,6 +10,7 @@ from ngcore.graph.forward import outputs
 from ngcore.graph.frame import Frame
 from ngcore.models.baselines.mlp import perceptron
 from ngcore.models.encoder import Probing, check_finite, probe_points
+from ngcore.precision import exact
 
 
 class PointsMLP(nn.Module):
@@ -52,6 +52,6 @@ class PointsMLP(nn.Module):
         check_finite(graph)
 
     def forward(self, graph: NeuralGraph) -> Float[Tensor, "batch classes"]:
-        with torch.autocast(self.points.device.type, enabled=False):  # a sine's phase needs all of its digits
+        with exact(self.points.device.type):  # a sine's phase needs all of its digits
             values = outputs(graph, self.points)
         return self.classifier(values.flatten(1))
