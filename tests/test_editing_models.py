@@ -12,7 +12,7 @@ from torch import nn
 from ngcore.data.inrs.siren import render
 from ngcore.graph import mlp, trace
 from ngcore.models import NGGNN, NGT, Editor, PerParameter
-from ngcore.models.baselines import EquivariantDWSNet, EquivariantNFN
+from ngcore.models.baselines import ConstantEdit, EquivariantDWSNet, EquivariantNFN
 from ngcore.models.editing import outputs_first
 from ngcore.reference.editing import PlainEditor
 
@@ -107,6 +107,18 @@ def test_an_edited_image_does_not_depend_on_the_neurons_order(method):
     torch.testing.assert_close(render(editor(twins).state_dict()), images, rtol=0, atol=1e-9)
     assert (images - render(graph.state_dict())).abs().amax((2, 3)).min() > 1e-3  # each was edited
     assert (images[0] - images[1]).abs().max() > 1e-3  # by each output in its own way
+
+
+def test_the_constant_edit_does_not_know_the_neurons_order():
+    torch.manual_seed(0)
+    graph = random_batch(SMALL)
+    editor = ConstantEdit(SMALL).double()
+    for parameter in editor.parameters():
+        nn.init.uniform_(parameter, 0.5, 1.5)
+    twins, permutations = permuted(graph)
+    found = editor(twins).state_dict()
+    for name, values in SMALL.symmetry.permute(editor(graph).state_dict(), permutations).items():
+        torch.testing.assert_close(found[name], values, rtol=0, atol=0)
 
 
 @baselines

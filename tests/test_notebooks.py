@@ -6,13 +6,15 @@ import pytest
 from ngcore.study import notebooks
 from ngcore.study.profiles import find_notebooks
 from ngcore.study.runs import ROOT
+from ngcore.tasks import inr_editing
 
 ARTEFACTS = {
     "00": ["figure_1", "figure_5", "figure_6", "figure_symmetry", "figure_residual", "figure_transformer"],
     "01": ["table_3", "table_4", "figure_2a", "figure_2b", "table_recipes", "figure_training_mnist"],
     "02": [
-        *("table_5", "table_networks", "table_edit", "table_transfer", "figure_2c", "figure_edited", "figure_networks"),
-        *("figure_edit", "figure_training_editing"),
+        *("table_5", "table_editing_controls", "table_networks", "table_edit", "table_transfer"),
+        *("table_transfer_controls", "figure_task", "figure_equivariance", "figure_2c", "figure_edited"),
+        *("figure_networks", "figure_edit", "figure_training_editing"),
     ],
     "03": [
         *("table_1", "table_control", "table_losses", "table_joint", "table_shapes", "table_probing"),
@@ -61,8 +63,8 @@ def test_notebook(number, tmp_path, study_cache, monkeypatch):
         assert table["mean"].between(0, 100).all()
     if number == "02":
         table = pd.read_csv(directory / "table_5.csv")
-        assert table["method"].tolist()[:2] == ["no edit", "DWSNet"]
-        assert len(table) == 13
+        assert table["method"].tolist()[:5] == [*inr_editing.CONTROLS, "DWSNet"]
+        assert len(table) == 15
         assert (table["mean"] > 0).all()
     if number == "03":
         table = pd.read_csv(directory / "table_1.csv")
