@@ -54,7 +54,7 @@ def size(model):
 
 INR_VARIANTS = [
     (question, variant, changes)
-    for question in ("positional embeddings", "directions", "normalization", "biases", "probe points")
+    for question in ("positional embeddings", "directions", "updates", "normalization", "biases", "probe points")
     for variant, changes in ablations.VARIANTS[question].items()
     if changes
 ]
@@ -63,8 +63,8 @@ INR_VARIANTS = [
 @pytest.mark.parametrize(("question", "variant", "changes"), INR_VARIANTS)
 @pytest.mark.parametrize("method", ["NG-GNN", "NG-T"])
 def test_every_variant_of_a_model_differs_from_the_full_one(method, question, variant, changes):
-    if method == "NG-T" and question == "directions":
-        with pytest.raises(TypeError, match="directions"):
+    if method == "NG-T" and question in ("directions", "updates"):
+        with pytest.raises(TypeError, match=r"directions|residual"):
             build_model(method, **changes)
         return
     torch.manual_seed(0)
@@ -147,6 +147,28 @@ PLAIN = {
     "forward": (False, [0]),
     "reversed": (True, [1]),
 }
+
+
+@pytest.mark.parametrize("head", [Scores(7), PerParameter(2)])
+def test_plain_updates_agree_with_the_plain_form(head):
+    """torch_geometric's norm over a graph, and states that are replaced."""
+    wiring = mlp([2, 5, 4, 3], "siren")
+    torch.manual_seed(0)
+    fast = NGGNN(wiring, head, dropout=0.0, residual=False).double()
+    plain = PlainNGGNN(Frame.of([wiring]), head, dropout=0.0, residual=False).double()
+    graph = wiring.graph({name: torch.randn(3, *shape, dtype=torch.float64) for name, shape in wiring.shapes.items()})
+    fast.fit_normalization(graph)
+    plain.load_state_dict(fast.state_dict())
+    found, expected = fast(graph), plain(to_batch([graph], fast.frame))
+    if isinstance(head, PerParameter):
+        found = torch.cat(found.nodes, dim=1)
+        expected = expected[0].view(3, -1, 2)
+    torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
+
+
+def test_norms_over_a_network_need_one_wiring():
+    with pytest.raises(ValueError, match="residual=False"):
+        NGGNN(Frame.of([WIRING]), Scores(10), residual=False)
 
 
 def test_directions_differ_in_direction_alone():

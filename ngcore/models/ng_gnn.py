@@ -47,16 +47,17 @@ class PNALayer(nn.Module):
         e_ij' = W (SiLU(W_e e_ij + W_i v_i' + W_j v_j'))
 
     Norms are per node, and node updates are residual: the paper does not say, but a plain stack hides the input behind
-    its own constants at first.
+    its own constants at first. Without, the new state takes the old one's place, and the norm is over a network.
 
     Args:
         updates_edges: the next layer or the head reads the edges after it.
         width: of the states of nodes and edges.
+        residual: node updates are added to the state.
     """
 
-    def __init__(self, updates_edges: bool, dropout: float, width: int) -> None:
+    def __init__(self, updates_edges: bool, dropout: float, width: int, residual: bool = True) -> None:
         super().__init__()
-        self.updates_edges, self.dropout, self.width = updates_edges, dropout, width
+        self.updates_edges, self.dropout, self.width, self.residual = updates_edges, dropout, width, residual
         self.film = nn.Linear(width, 2 * width)
         self.message = nn.Linear(2 * width, width)
         self.update = nn.Linear(9 * width, width)
@@ -96,10 +97,11 @@ class PNALayer(nn.Module):
             scale, shift = film[own.reverse](edge).split(self.width, dim=-1)
             found = Moments.apply(scale, shift, own.to.of(of_target), own.of.of(of_source))
             received[own.to.tensor].append((own.to, found))
-        nodes = tuple(
-            self._update_nodes(v, aggregate(found, v, degree), scaler) if found or is_isolated else v
+        changes = tuple(
+            self._change(v, aggregate(found, v, degree), scaler) if found or is_isolated else None
             for v, found, is_isolated, degree, scaler in zip(nodes, received, isolated, degrees, scalers, strict=True)
         )
+        nodes = self._updated(nodes, changes)
         if not any(updated):
             return nodes, ()
         # all biases as one, so that their gradient is one sum: PyTorch 2.13 can't compile two equal ones in bfloat16
@@ -122,19 +124,36 @@ class PNALayer(nn.Module):
         target, source = self.message.weight.split(self.width, dim=1)
         return F.linear(nodes, target, self.message.bias), F.linear(nodes, source)
 
-    def _update_nodes(
+    def _change(
         self, v: Float[Tensor, "copies n width"], gathered: Float[Tensor, "copies n 4*width"], scaler: Tensor
     ) -> Float[Tensor, "copies n width"]:
-        """PNA's update: aggregates by identity and amplification through two Linears as one, added to the state."""
+        """PNA's update: aggregates by identity and amplification through two Linears as one."""
         own, plain, amplified = self.update.weight.split([self.width, 4 * self.width, 4 * self.width], dim=1)
         alike = scaler.numel() == 1  # then the amplified aggregates are the plain ones by another weight
         first = torch.cat([own, plain + scaler * amplified if alike else plain], dim=1)
         change = Affine.of(self.output).after(Affine(first, self.update.bias))(torch.cat([v, gathered], dim=-1))
         if not alike:
             change = change + scaler * F.linear(gathered, self.output.weight @ amplified)
+        return change
+
+    def _updated(self, nodes: tuple[Tensor, ...], changes: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+        """New states from their changes; those without one stay as they are."""
         if self.updates_edges:  # another layer follows
-            change = dropout(F.silu(self.norm(change)), self.dropout, self.training)
-        return v + change
+            if not self.residual:
+                changes = network_normalized(changes)
+            scale, shift = self.norm.weight, self.norm.bias
+            normed = [c if c is None else self.norm(c) if self.residual else scale * c + shift for c in changes]
+            changes = tuple(c if c is None else dropout(F.silu(c), self.dropout, self.training) for c in normed)
+        return tuple(v if c is None else v + c if self.residual else c for v, c in zip(nodes, changes, strict=True))
+
+
+def network_normalized(
+    changes: tuple[Float[Tensor, "copies _ width"] | None, ...],
+) -> tuple[Float[Tensor, "copies _ width"] | None, ...]:
+    """Numbers less the mean over all nodes of their network, divided by the deviation over them."""
+    every = torch.cat([c.flatten(1) for c in changes if c is not None], dim=1)
+    mean, std = every.mean(1), (every.var(1, correction=0) + EPSILON).sqrt()
+    return tuple(c if c is None else (c - mean.view(-1, 1, 1)) / std.view(-1, 1, 1) for c in changes)
 
 
 def aggregate(
@@ -190,15 +209,16 @@ def propagate(
     """All layers: the last states of nodes, and of edges as numbers and the affine map still to come.
 
     Args:
-        everything: all states are read after the last layer, those of edges in the network's own direction; else those
-            of output neurons alone, and what is too far from them is not computed.
+        everything: all nodes are updated by every layer, and edges in the network's own direction by the last, if it
+            updates any; else what is too far from the output neurons, which alone are read, is not computed.
     """
     reached = {own.to.tensor for own in messages}
     isolated = tuple(g not in reached for g in range(len(nodes)))
     for k, layer in enumerate(layers):
         left = len(layers) - 1 - k
         if everything:
-            updated = tuple(own.near[-1] if left > 0 or not own.reverse else 0 for own in messages)
+            last = layer.updates_edges
+            updated = tuple(own.near[-1] if left > 0 or (last and not own.reverse) else 0 for own in messages)
         else:
             messages, edges = first_blocks(messages, edges, [own.within(left) for own in messages])
             updated = tuple(own.within(left - 1) if left > 0 else 0 for own in messages)
@@ -231,9 +251,12 @@ class NGGNN(nn.Module):
         edge_sigma: that of weights, where it is another.
         normalization: "layer": parameters are standardized per layer once `fit_normalization` is given; or "none".
         dropout: of node updates.
+        residual: node updates are added to the state; else they replace it, and norms are over all nodes of a network,
+            nearest to the public code, whose norms are over all of a batch. For networks of one wiring.
 
     Raises:
-        ValueError: an option is unknown; numbers per parameter without messages in the network's own direction.
+        ValueError: an option is unknown; numbers per parameter without messages in the network's own direction; no
+            residual for several wirings.
     """
 
     def __init__(
@@ -252,9 +275,13 @@ class NGGNN(nn.Module):
         edge_sigma: float | None = None,
         normalization: Normalization = "layer",
         dropout: float = 0.2,
+        residual: bool = True,
     ) -> None:
         super().__init__()
         require_head(head)
+        if not (residual or isinstance(networks, Wiring)):
+            raise ValueError("norms over a network, which residual=False has, are for networks of one wiring")
+        self.residual = residual
         along, against = copies_of(directions)
         self.frame, self.directions = frame_of(networks), directions
         self.wiring = networks if isinstance(networks, Wiring) else None
@@ -273,7 +300,9 @@ class NGGNN(nn.Module):
         )
         self.register_buffer("mean_log_degree", torch.ones(()))
         per_parameter = isinstance(head, PerParameter)
-        self.layers = nn.ModuleList(PNALayer(per_parameter or k < layers - 1, dropout, width) for k in range(layers))
+        self.layers = nn.ModuleList(
+            PNALayer(per_parameter or k < layers - 1, dropout, width, residual) for k in range(layers)
+        )
         if per_parameter:
             if not along:
                 raise ValueError(f"numbers per parameter need messages along the edges, and {directions!r} has none")
@@ -325,7 +354,7 @@ class NGGNN(nn.Module):
             pending,
             messages,
             Neighbours.of(batch, self.directions, self.mean_log_degree),
-            everything=per_parameter or role == "input",
+            everything=per_parameter or role == "input" or not self.residual,
         )
         states = torch.cat(nodes, dim=1)
         if not per_parameter:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch_geometric.data import Batch
-from torch_geometric.nn import MessagePassing
+from torch_geometric.nn import LayerNorm, MessagePassing
 from torch_geometric.nn.aggr import Aggregation
 from torch_geometric.utils import degree, to_dense_batch
 
@@ -63,16 +63,16 @@ class FiLMPropagation(MessagePassing):
 class Layer(nn.Module):
     """One layer of message passing; all but the last also normalize the nodes and update the edges."""
 
-    def __init__(self, delta: float, dropout: float, last: bool) -> None:
+    def __init__(self, delta: float, dropout: float, last: bool, residual: bool = True) -> None:
         super().__init__()
-        self.last = last
+        self.last, self.residual = last, residual
         self.propagation = FiLMPropagation(delta)
         self.film = nn.Linear(WIDTH, 2 * WIDTH)
         self.message = nn.Linear(2 * WIDTH, WIDTH)
         self.update = nn.Linear(9 * WIDTH, WIDTH)
         self.output = nn.Linear(WIDTH, WIDTH)
         if not last:
-            self.norm = nn.LayerNorm(WIDTH)
+            self.norm = nn.LayerNorm(WIDTH) if residual else LayerNorm(WIDTH, mode="graph")
             self.dropout = nn.Dropout(dropout)
             self.edge_state = nn.Linear(WIDTH, WIDTH)
             self.edge_source = nn.Linear(WIDTH, WIDTH)
@@ -84,12 +84,15 @@ class Layer(nn.Module):
         nodes: Float[Tensor, "nodes width"],
         edge_index: Int[Tensor, "2 edges"],
         edges: Float[Tensor, "edges width"],
+        network: Int[Tensor, " nodes"] | None = None,
     ) -> tuple[Float[Tensor, "nodes width"], Float[Tensor, "edges width"]]:
         aggregated = self.propagation(nodes, edge_index, self.film(edges), self.message)
         change = self.output(self.update(torch.cat([nodes, aggregated], dim=-1)))
+        kept = nodes if self.residual else 0
         if self.last:
-            return nodes + change, edges
-        nodes = nodes + self.dropout(F.silu(self.norm(change)))
+            return kept + change, edges
+        normed = self.norm(change) if self.residual else self.norm(change, network)
+        nodes = kept + self.dropout(F.silu(normed))
         source, target = edge_index
         mixed = self.edge_state(edges) + self.edge_source(nodes[source]) + self.edge_target(nodes[target])
         return nodes, self.edge_output(F.silu(mixed))
@@ -98,7 +101,8 @@ class Layer(nn.Module):
 class PlainNGGNN(nn.Module):
     """NG-GNN: PNA with FiLM messages and edge updates (paper, equations 3 and 4).
 
-    For parameters' numbers every layer updates the edges, and none is pooled. Arguments as in `Encoder`.
+    For parameters' numbers every layer updates the edges, and none is pooled. Arguments as in `Encoder`, and `residual`
+    as in `NGGNN`.
     """
 
     def __init__(
@@ -111,6 +115,7 @@ class PlainNGGNN(nn.Module):
         activations: bool | None = None,
         dropout: float = 0.2,
         sigma: float | None = 3.0,
+        residual: bool = True,
     ) -> None:
         super().__init__()
         self.outputs, self.per_parameter = frame.outputs, isinstance(head, PerParameter)
@@ -124,7 +129,7 @@ class PlainNGGNN(nn.Module):
         )
         self.register_buffer("mean_log_degree", torch.ones(()))
         lasts = [not self.per_parameter and k == NUM_LAYERS - 1 for k in range(NUM_LAYERS)]
-        self.layers = nn.ModuleList(Layer(1.0, dropout, last) for last in lasts)
+        self.layers = nn.ModuleList(Layer(1.0, dropout, last, residual) for last in lasts)
         self.head = head_of(head, frame, (WIDTH, WIDTH, WIDTH), WIDTH)
 
     def forward(self, batch: Batch) -> Float[Tensor, "networks scores"] | tuple[Tensor, Tensor]:
@@ -134,7 +139,7 @@ class PlainNGGNN(nn.Module):
         edges = self.encoder.edges(self.encoder.encoded(batch, torch.ones_like(batch.edge_reversed)))
         for layer in self.layers:
             layer.propagation.aggr_module.delta = self.mean_log_degree  # a buffer: it is loaded with the weights
-            nodes, edges = layer(nodes, batch.edge_index, edges)
+            nodes, edges = layer(nodes, batch.edge_index, edges, batch.batch)
         if self.per_parameter:
             return self.head["node"](nodes), self.head["edge"](edges[~batch.edge_reversed])
         read = batch.role == OUTPUT

@@ -47,6 +47,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "forward": {"directions": "forward", "edge_sigma": EDGE_SIGMA},
         "reversed": {"directions": "reversed", "edge_sigma": EDGE_SIGMA},
     },
+    "updates": {
+        "residual, norm per node": {},
+        "plain, norm over the network": {"residual": False},
+    },
     "normalization": {
         "per layer": {},
         "none": {"normalization": "none"},
@@ -246,7 +250,7 @@ def trials_of(parameters: Mapping[str, Any]) -> list[Trial]:
     found += trials("activation embeddings", parks(["StatNN"], seeds["table_6"], population), ["with"])
     found += trials("positional embeddings", long_configs(p, p["table_7"]))
     found += [Trial("equal fit", config.method, config) for config in long_configs(p, p["figure_4"])]
-    for question in ("directions", "normalization", "biases"):
+    for question in ("directions", "updates", "normalization", "biases"):
         found += trials(question, inrs("NG-GNN", p["probes"], seeds["variants"]))
     for count in p["probe_counts"]:
         found += trials("probe points", inrs("NG-GNN", count, seeds["curves"]))
