@@ -13,6 +13,9 @@ from ngcore.study.evidence import Measure
 from ngcore.study.runs import Record
 from ngcore.study.tables import load_reported
 from ngcore.tasks import inr_classification
+from ngcore.tasks.editing_tables import measure_of
+from ngcore.tasks.generalization import TABLE_1
+from ngcore.tasks.generalization_tables import PARK, tau_of
 from ngcore.tasks.rows import PAPER
 
 REPORTED = load_reported()["neural_graphs"]
@@ -47,7 +50,90 @@ def classification_claims(dataset: str, number: int) -> list[Claim]:
     return found
 
 
-CLAIMS = [*classification_claims("mnist", 3), *classification_claims("fashion_mnist", 4)]
+def editing_claims() -> list[Claim]:
+    """Of table 5: graph models edit better than others, and better than edits that do not look at the INR."""
+    table = REPORTED["table_5_mnist_inr_dilation"]
+    shared = {"task": "inr_editing", "dataset": "mnist", "edit": "dilation", "networks": 1, "recipe": PAPER}
+
+    def claim(text: str, source: str, ours: tuple[str, int], theirs: tuple[str, int]) -> Claim:
+        cells = [table.get(method.removesuffix("_HNP"), {}).get(probes) for method, probes in (ours, theirs)]
+        paper = cells[1]["mean"] - cells[0]["mean"] if all(cells) else None
+        rows = [dict(zip(("method", "probes"), row, strict=True)) for row in (ours, theirs)]
+        measure = measure_of("test")
+        return Claim(text, source, *rows, measure, paper, "1e-2 MSE", 2, lower_is_better=True, shared=shared)
+
+    paper = "table 5"
+    return [
+        claim("NG-GNN edits better than NFN", paper, ("NG-GNN", 0), ("NFN_HNP", 0)),
+        claim("NG-GNN edits better than DWSNet", paper, ("NG-GNN", 0), ("DWSNet", 0)),
+        claim("NG-T edits better than NG-GNN", paper, ("NG-T", 0), ("NG-GNN", 0)),
+        claim("64 probe features help NG-GNN edit", paper, ("NG-GNN", 64), ("NG-GNN", 0)),
+        claim("64 probe features help NG-T edit", paper, ("NG-T", 64), ("NG-T", 0)),
+        claim("DWSNet edits better than one edit for all INRs", "ours", ("DWSNet", 0), ("constant edit", 0)),
+        claim("NG-GNN edits better than one edit for all INRs", "ours", ("NG-GNN", 0), ("constant edit", 0)),
+        claim("NG-GNN with 64 probe features edits better than a 3x3 filter of the picture", "ours",
+              ("NG-GNN", 64), ("3x3 filter", 0)),
+    ]  # fmt: skip
+
+
+def generalization_claims() -> list[Claim]:
+    """Of table 1: graph models read more of a CNN's accuracy than statistics of its weights do."""
+    found = []
+    for dataset, title in (("cifar10_gs", "CIFAR10-GS"), (PARK, "Wild Park")):
+        table, shared = REPORTED["table_1_generalization"][dataset], {"task": "generalization", "dataset": dataset}
+        for method, other in (("NG-GNN", "StatNN"), ("NG-T", "StatNN"), ("NG-T", "NG-GNN")):
+            found.append(
+                Claim(
+                    f"{method} predicts accuracies better than {other} ({title})",
+                    "table 1",
+                    {"method": method},
+                    {"method": other},
+                    tau_of(f"test_{dataset}"),
+                    table[method]["mean"] - table[other]["mean"],
+                    "in τ",
+                    3,
+                    shared={**shared, **TABLE_1, "split_seed": 0},
+                )
+            )
+    return found
+
+
+def ablation_claims() -> list[Claim]:
+    """Of tables 6 and 7: what embeddings are worth."""
+    tau = metric_of_runs(f"test_{PARK}_tau")
+    asked = (
+        ("Activation", "table 6", REPORTED["table_6_activation_embedding"], tau, "in τ", 3),
+        ("Positional", "table 7", REPORTED["table_7_positional_embedding"], inr_classification.ACCURACY, "points", 1),
+    )
+    return [
+        Claim(
+            f"{kind} embeddings help {method}",
+            source,
+            {"variant": "with"},
+            {"variant": "without"},
+            measure,
+            table[method]["mean"] - table[f"{method}_without"]["mean"],
+            unit,
+            decimals,
+            shared={"task": "ablations", "question": f"{kind.lower()} embeddings", "method": method},
+        )
+        for kind, source, table, measure, unit, decimals in asked
+        for method in ("NG-GNN", "NG-T")
+    ]
+
+
+def metric_of_runs(metric: str, scale: int | float = 1) -> Measure:
+    """A number of every run, with seeds as all that is drawn."""
+    return Measure(lambda record: ([record["metrics"][metric]],), lambda own: scale * float(own.mean()))
+
+
+CLAIMS = [
+    *classification_claims("mnist", 3),
+    *classification_claims("fashion_mnist", 4),
+    *editing_claims(),
+    *generalization_claims(),
+    *ablation_claims(),
+]
 
 
 def write(directory: Path, records: Sequence[Record]) -> None:
@@ -59,8 +145,3 @@ def write(directory: Path, records: Sequence[Record]) -> None:
         found = claims.into(text, place, (directory / "claims.md").read_text(encoding="utf-8"))
         if found != text:
             write_atomically(readme, found)
-
-
-def metric_of_runs(metric: str, scale: int | float = 1) -> Measure:
-    """A number of every run, with seeds as all that is drawn."""
-    return Measure(lambda record: ([record["metrics"][metric]],), lambda own: scale * float(own.mean()))
