@@ -1,4 +1,30 @@
-"""Command line of the study: `python -m ngcore.study run`, `train` and `figures`."""
+"""Command line of the study: `python -m ngcore.study run`, `train`, `figures`, `pack` and `unpack`.
+
+Profile `paper` on one GPU, in pieces. A piece needs torch and the packages of pyproject.toml, but no network, no
+Jupyter and no git. Of `cache/` it needs the full image sets, which are fetched where there is a network:
+
+    python -c "from ngcore.data.images.sources import *; [fetch(n, Path('cache')) for n in ('mnist', 'fashion_mnist')]"
+    tar czf mnist.tgz cache/mnist; tar czf fashion_mnist.tgz cache/fashion_mnist   # 12 and 31 MB
+
+On the GPU:
+
+    export NGCORE_CACHE=$PWD/cache TORCHINDUCTOR_CACHE_DIR=$PWD/cache/inductor   # both are to stay between pieces
+    python -m pytest -q -o addopts= -o filterwarnings= tests/test_gpu.py         # first, once
+    python -m ngcore.study train --profile paper --only 01,02 --minutes 8        # then, again and again
+    python -m ngcore.study pack "$OUT" --profile paper                           # at the end of every piece
+
+Where a test of TF32 fails, the profile's `matmul: high` becomes `highest`; where one of captured steps fails,
+`captured: false` is put below it. Without `--only`, notebooks 03 to 05 follow, which need CIFAR-10 too. `train` exits
+with 3 when time ended first, and with 1 when a run failed; the next call goes on in either case, from the last whole
+epoch of each run. Where the pack came to:
+
+    python -m ngcore.study unpack DIRECTORY                                      # into cache/ and data/results/paper/
+    ./run_all.sh figures --profile paper
+
+Unpacked checkpoints go on in a later session if `cache/runs/` travels there. INRs are fitted again by each machine,
+and fits differ in their last digits from machine to machine: a run that goes on needs the very INRs that it began with
+(its name holds a digest of them), so that a session is best spent on runs that it finishes.
+"""
 
 from __future__ import annotations
 
@@ -100,7 +126,7 @@ def train(profile: str, only: Sequence[str] | None = None, minutes: float | None
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m ngcore.study", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m ngcore.study", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="execute the notebooks; runs that are stored are not trained again")
     runs = commands.add_parser("train", help="execute their runs alone, without Jupyter; stored ones not again")

@@ -73,8 +73,8 @@ class Captured:
             torch.cuda.set_sync_debug_mode(before)
 
     def _captured(self) -> Callable[[], None]:
-        graph = torch.cuda.CUDAGraph()
         try:
+            graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self._as_it_is()
         except RuntimeError as error:
