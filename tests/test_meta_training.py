@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import runpy
 
 import pytest
 import torch
@@ -9,11 +10,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from ngcore.models.optimizers import METHODS, Layout, LearnedOptimizer
-from ngcore.models.optimizers.files import save
+from ngcore.models.optimizers.files import provenance, save, shipped
 from ngcore.models.optimizers.meta import Learner, MetaTraining, meta_backward, unroll
 from ngcore.models.optimizers.problem import FIRST_SEED, Task, train_network
-from ngcore.study.runs import RunError, StoredRun, identity
-from ngcore.tasks import execute, learning_to_optimize, meta_training
+from ngcore.study.runs import ROOT, RunError, StoredRun, identity, results_directory, write_record
+from ngcore.tasks import execute, learning_to_optimize, meta_training, optimizer_cost
 from ngcore.tasks.meta_training import Config
 from ngcore.tasks.optimization import ImageTask, task_cnn
 
@@ -123,6 +124,18 @@ def test_networks_are_trained_on_in_turns():
     assert training.started == 3
 
 
+@pytest.mark.parametrize(("networks", "horizon"), [(1, 3), (1, 9), (2, 12), (3, 9), (4, 6), (5, 30)])
+def test_networks_are_counted(networks, horizon):
+    """As many networks are trained as the outer steps have trained."""
+    task, trained = TINY.task("validation"), []
+    training = MetaTraining(config_of("FF", networks=networks, horizon=horizon).settings, task)
+    for step in range(14):
+        assert training.settings.networks_seen(step) == len(trained)
+        training.outer_step(step)
+        own = training.learners[step % networks].network
+        trained += [own] * all(own is not other for other in trained)
+
+
 def test_a_validation_is_the_mean_over_its_networks():
     """Each is trained by itself from a seed of its own; one that diverges counts as 0."""
     training = MetaTraining(config_of("FF", validation_networks=3, validation_steps=5).settings, tiny_task())
@@ -195,7 +208,9 @@ def test_runs_are_stored_and_name_what_is_missing(tmp_path):
     assert len(found["metrics"]["train_loss"]) == 5
     assert found["metrics"]["final_accuracy"] == found["metrics"]["accuracy"][-1]
     assert execute(config) == found
-    assert found["metrics"]["outer_steps"] == record["metrics"]["best_step"]
+    about = {name: found["metrics"][name] for name in ("outer_steps", "meta_seed", "horizon")}
+    assert about == {"outer_steps": record["metrics"]["best_step"], "meta_seed": 0, "horizon": 6}
+    assert found["metrics"]["networks_seen"] == record["metrics"]["best_step"] / 2  # each has two outer steps
     with pytest.raises(RunError, match=r"is the meta-training of FF, not of LSTM"):
         execute(dataclasses.replace(config, method="LSTM"))
     with pytest.raises(RunError, match=r"holds no finished meta-training"):
@@ -203,6 +218,35 @@ def test_runs_are_stored_and_name_what_is_missing(tmp_path):
     (tmp_path / "runs" / found["hash"] / "weights.safetensors").touch()
     with pytest.raises(RunError, match=r"is a run of learning_to_optimize"):
         meta_training.trained(found["hash"])
+
+
+def test_the_best_run_of_every_method_is_shipped(tmp_path, monkeypatch):
+    """Of two meta-seeds the one with the better validation, with its provenance."""
+    monkeypatch.setattr("ngcore.models.optimizers.files.OPTIMIZERS", tmp_path / "shipped")
+    monkeypatch.setenv("NGCORE_OUTPUT", str(tmp_path / "output"))
+    records = [execute(dataclasses.replace(config_of("FF", learning_rate=0.1), seed=seed)) for seed in range(3)]
+    for record in records:  # as they would be from committed code
+        write_record(record, results_directory("p") / f"{record['hash']}.json")
+    script = runpy.run_path(str(ROOT / "data" / "make" / "optimizers.py"))
+    script["main"].__globals__["OPTIMIZERS"] = tmp_path / "shipped"
+    script["main"](["--profile", "p"])
+    scores = [max(record["metrics"]["val_score"]) for record in records]
+    assert len(set(scores)) > 1
+    best = records[scores.index(max(scores))]
+    assert provenance("FF")["run"] == best["hash"]
+    expected, _ = meta_training.trained(best["hash"])
+    for name, weights in shipped("FF").state_dict().items():
+        assert torch.equal(weights, expected.state_dict()[name])
+
+
+def test_scores_of_more_networks_count_for_more():
+    def record(method, networks, scores):
+        config = {"method": method} | ({} if networks == 1 else {"validation_networks": networks})
+        return {"config": config, "metrics": {"val_score": scores}}
+
+    lucky, sure, surer = record("FF", 1, [0.9]), record("FF", 4, [0.7, 0.8, 0.6]), record("FF", 4, [0.5, 0.79])
+    other = record("LSTM", 1, [0.1])
+    assert meta_training.best_runs([other, lucky, surer, sure]) == [sure, other]
 
 
 def test_a_shipped_optimizer_is_part_of_a_runs_data(tmp_path, monkeypatch):
@@ -382,13 +426,13 @@ def test_images_are_standardized_and_apart():
 
 
 def test_cost_counts_time_and_memory():
-    table = learning_to_optimize.cost(TINY.task(), ["Adam", "FF", "NG-GNN"]).set_index("method")
+    table = optimizer_cost.cost(TINY.task(), ["Adam", "FF", "NG-GNN"]).set_index("method")
     parameters = Layout.of(TINY.task().network(0)).count
     assert (table[["step_ms", "task_ms", "step_mb"]] > 0).all().all()
     assert table.loc["FF", "state_mb"] == pytest.approx(5 * parameters * 4 / 2**20)
     assert table.loc["Adam", "state_mb"] == pytest.approx(2 * parameters * 4 / 2**20, rel=0.05)
     assert table.loc["NG-GNN", "step_mb"] > table.loc["FF", "step_mb"] > parameters * 14 * 4 / 2**20
-    assert learning_to_optimize.peak_bytes(lambda: (torch.zeros(1000), torch.zeros(500))) == 6000
+    assert optimizer_cost.peak_bytes(lambda: (torch.zeros(1000), torch.zeros(500))) == 6000
 
 
 def test_what_can_be_read():

@@ -25,12 +25,15 @@ ARTEFACTS = {
         *(
             "table_2",
             "table_other_networks",
+            "table_order",
+            "table_interventions",
+            "table_horizons",
             "table_horizon",
             "table_cost",
             "figure_3",
             "figure_3_fashion_mnist",
         ),
-        *("figure_optimizee", "figure_meta_training", "figure_horizon"),
+        *("figure_optimizee", "figure_spiral", "figure_meta_training", "figure_trajectories", "figure_horizon"),
     ],
     "05": [
         *("table_6", "table_7", "table_equal_fit", "table_directions", "table_normalization", "table_biases"),
@@ -76,6 +79,7 @@ def test_notebook(number, tmp_path, study_cache, monkeypatch):
     if number == "04":
         table = pd.read_csv(directory / "table_2.csv")
         assert table["method"].tolist() == 2 * ["Adam", "FF", "LSTM", "NFN", "NG-GNN", "NG-T"]
+        assert table["seeds"].tolist() == 2 * [1, 2, 2, 2, 2, 2]  # of two meta-seeds
         assert table["mean"].between(0, 100).all()
     if number == "05":
         table = pd.read_csv(directory / "table_6.csv")

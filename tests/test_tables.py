@@ -257,32 +257,6 @@ def test_training_curves_of_unequal_length_are_refused(records, ax):
         figures.training_curves(records, ax, "curve")
 
 
-def steps_of(method, losses, seed=0):
-    return {"config": {"method": method, "seed": seed}, "metrics": {"loss": losses, "at": [0, 10, 20, 40]}}
-
-
-def test_step_curves_average_windows_and_seeds(ax):
-    """Points stand at the last step of their window; what is left over at the end is not drawn."""
-    records = [steps_of("NG-T", [1, 3, 5, 7, 9]), steps_of("NG-T", [3, 5, 7, 9, 11], 1), steps_of("Adam", [0] * 5)]
-    figures.step_curves(records, ax, "loss", window=2, scale=10, ylabel="Loss")
-    adam, ours = ax.lines
-    assert (adam.get_label(), ours.get_label()) == ("Adam", "NG-T")
-    np.testing.assert_allclose(ours.get_xdata(), [2, 4])
-    np.testing.assert_allclose(ours.get_ydata(), [30, 70])
-    (band,) = ax.collections
-    assert band.get_paths()[0].get_extents().y1 == pytest.approx(70 + 10 * np.sqrt(2))
-
-
-def test_step_curves_stand_where_they_were_measured(ax):
-    figures.step_curves([steps_of("FF", [1, 2, 3, 4])], ax, "loss", at="at", ylabel="Accuracy (%)")
-    np.testing.assert_allclose(ax.lines[0].get_xdata(), [0, 10, 20, 40])
-
-
-def test_step_curves_of_unequal_length_are_refused(ax):
-    with pytest.raises(ValueError, match="'loss' of FF has a different number of steps by seed"):
-        figures.step_curves([steps_of("FF", [1, 2]), steps_of("FF", [1], 1)], ax, "loss", ylabel="Loss")
-
-
 def test_confusion_is_in_per_cent_of_the_true_class(ax):
     figures.confusion(np.array([[3, 1], [0, 0]]), ax, ["cat", "a_dog"])
     assert [text.get_text() for text in ax.texts] == ["75", "25", "0", "0"]

@@ -226,49 +226,6 @@ def _band(ax: Axes, x: ArrayLike, values: np.ndarray, colour: tuple[float, float
         ax.fill_between(x, mean - deviation, mean + deviation, color=colour, alpha=0.15, lw=0)
 
 
-def step_curves(
-    records: Sequence[Mapping[str, Any]],
-    ax: Axes,
-    quantity: str,
-    *,
-    at: str | None = None,
-    window: int = 1,
-    scale: int | float = 1,
-    ylabel: str,
-    xlabel: str = "Step",
-    methods: Methods = _NONE,
-) -> None:
-    """A quantity against the step, a line per method: mean over seeds, with a band of one standard deviation.
-
-    Args:
-        quantity: a name in the records' metrics, one number per step, or per element of `at`.
-        at: a name in the metrics, the steps of the quantity; None for every step.
-        window: numbers that are averaged into one point, which stands at the last of them.
-        scale: factor from the stored unit to the axis's.
-
-    Raises:
-        ValueError: runs of a method have different numbers of steps.
-    """
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for record in records:
-        groups.setdefault(record["config"]["method"], []).append(record["metrics"])
-    for method in sorted(groups, key=partial(method_order, methods)):
-        metrics, colour = groups[method], _colour(methods, method)
-        if len({len(own[quantity]) for own in metrics}) > 1:
-            raise ValueError(f"{quantity!r} of {method} has a different number of steps by seed: draw them apart")
-        values = scale * np.array([own[quantity] for own in metrics])
-        steps = np.array(metrics[0][at] if at else range(1, values.shape[1] + 1))
-        whole = values.shape[1] // window * window
-        values = values[:, :whole].reshape(len(values), -1, window).mean(axis=2)
-        steps = steps[window - 1 : whole : window]
-        marker = "o" if len(steps) == 1 else None
-        ax.plot(steps, values.mean(axis=0), color=colour, marker=marker, label=method)
-        _band(ax, steps, values, colour)
-    ax.set_xlabel(xlabel)
-    ax.set_ylabel(ylabel)
-    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-
-
 def variants(table: pd.DataFrame, ax: Axes, *, xlabel: str, methods: Methods = _NONE) -> None:
     """How far every variant is from the base, which stands at 0: a row per variant, a point per method.
 

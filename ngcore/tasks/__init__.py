@@ -22,6 +22,9 @@ from ngcore.tasks import (
     inr_editing,
     learning_to_optimize,
     meta_training,
+    optimizer_cost,
+    optimizer_plan,
+    optimizer_trajectories,
     zoos,
 )
 
@@ -33,14 +36,15 @@ EXPERIMENTS = run.registry(
     architectural_noise.EXPERIMENT,
     meta_training.EXPERIMENT,
     learning_to_optimize.EXPERIMENT,
-    learning_to_optimize.COST,
+    optimizer_trajectories.EXPERIMENT,
+    optimizer_cost.EXPERIMENT,
 )
 
 PLANS = {
     "01": inr_classification.PLAN,
     "02": inr_editing.PLAN,
     "03": generalization.PLAN,
-    "04": learning_to_optimize.PLAN,
+    "04": optimizer_plan.PLAN,
     "05": ablations.PLAN,
 }  # by the number of the notebook that shows the runs
 

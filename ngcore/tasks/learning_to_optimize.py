@@ -12,19 +12,18 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.axes import Axes
+from scipy.stats import kendalltau
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 from ngcore.digests import tensor_digest
 from ngcore.models.optimizers import LearnedOptimizer
 from ngcore.models.optimizers.files import provenance, shipped
 from ngcore.models.optimizers.problem import FIRST_SEED, Task, train_network
-from ngcore.study.figures import step_curves
 from ngcore.study.methods import Method
-from ngcore.study.plans import Plan, Runs
+from ngcore.study.optimizer_figures import focus, step_curves
 from ngcore.study.run import Experiment, Job, Outcome
 from ngcore.study.runs import Record, RunError
-from ngcore.study.tables import describe_scale
+from ngcore.study.tables import beside_published, describe_scale, summarize
 from ngcore.tasks import meta_training
 from ngcore.tasks.optimization import ImageTask
 
@@ -82,58 +81,55 @@ class Config:
         return (*range(0, self.steps, self.curve_every), self.steps)
 
 
-def optimizer_of(config: Config, example: Tensor) -> tuple[Optimize, str, int | None]:
-    """What makes a run's optimizer of a network that reads such examples, a digest of its weights, and the number of
-    outer steps that they had. Learned and hand-designed ones are the same to the loop that trains the network.
+def optimizer_of(config: Config, example: Tensor) -> tuple[Optimize, str, dict[str, int]]:
+    """What makes a run's optimizer of a network that reads such examples, a digest of its weights, and what
+    `meta_training.describe` says of them. Learned and hand-designed ones are the same to the loop that trains.
 
     Raises:
         RunError: the meta-training run that is named is not there, or is of another method.
     """
     if config.method in HAND_DESIGNED:
         build = HAND_DESIGNED[config.method].build
-        return lambda network: build(network.parameters(), lr=config.learning_rate), "", None
+        return lambda network: build(network.parameters(), lr=config.learning_rate), "", {}
     if config.weights == "shipped":
-        rule, steps = shipped(config.method), provenance(config.method)["best_step"]
+        rule, origin = shipped(config.method), provenance(config.method)
+        about = meta_training.describe(origin, origin["best_step"])
     else:
         rule, record = meta_training.trained(config.weights)
-        steps = record["metrics"]["best_step"]
+        about = meta_training.describe(record["config"], record["metrics"]["best_step"])
         if rule.method != config.method:
             raise RunError(f"run {config.weights} is the meta-training of {rule.method}, not of {config.method}")
     digest = tensor_digest(rule.state_dict().values())  # a name does not tell what it stands for
     rule = rule.to(example.device)
-    return lambda network: rule.bind(network, example), digest, steps
+    return lambda network: rule.bind(network, example), digest, about
 
 
 @dataclass(frozen=True)
 class Training:
-    """What a run reads: the task, and what makes the optimizer, whose weights had so many outer steps."""
+    """What a run reads: the task, what makes the optimizer, and of a learned one what it was meta-trained on."""
 
     task: Task
     optimize: Optimize
-    outer_steps: int | None
+    about: Mapping[str, int]
 
 
 def load(config: Config, device: str) -> tuple[Training, str]:
     """The task and the optimizer of a run, and a digest of both."""
     task = config.trained.task(config.held, device)
-    optimize, digest, outer_steps = optimizer_of(config, task.example)
-    return Training(task, optimize, outer_steps), task.digest + digest
+    optimize, digest, about = optimizer_of(config, task.example)
+    return Training(task, optimize, about), task.digest + digest
 
 
 def produce(config: Config, training: Training, job: Job) -> Outcome:
     """Train one network.
 
-    Metrics: as `train_network`; `measured`, the steps of `accuracy`; `final_accuracy`; `outer_steps` that the
-    optimizer's weights had, None for hand-designed ones.
+    Metrics: as `train_network`; `measured`, the steps of `accuracy`; `final_accuracy`; of learned optimizers what
+    `meta_training.describe` says.
     """
     started = time.monotonic()
     seed = FIRST_SEED[config.held] + config.seed
     found = train_network(training.task, training.optimize, seed, config.steps, config.measured, config.curve_images)
-    metrics = found | {
-        "measured": list(config.measured),
-        "final_accuracy": found["accuracy"][-1],
-        "outer_steps": training.outer_steps,
-    }
+    metrics = found | {"measured": list(config.measured), "final_accuracy": found["accuracy"][-1]} | training.about
     job.report(config.steps, {"train_loss": found["train_loss"][-1]})
     return Outcome(metrics, {}, time.monotonic() - started)
 
@@ -209,21 +205,100 @@ def having(records: Sequence[Record], **fields: Any) -> list[Record]:
 def caption(what: str, records: Sequence[Record], profile: str, adam_rate: float) -> str:
     """What a table shows, and the scale of its runs."""
     scale = {"trained.train_images": "training images", "trained.test_images": "test images", "steps": "steps"}
-    outer = {r["config"]["method"]: r["metrics"]["outer_steps"] for r in records}
-    told = ", ".join(f"{method} {outer[method]}" for method in LEARNED if method in outer)
     (batch,) = {r["config"]["trained"]["batch"] for r in records}
+    metas = sorted({r["metrics"]["meta_seed"] for r in records if "meta_seed" in r["metrics"]})
     return (
-        f"{what} {describe_scale(records, profile, scale)} Batches of {batch}. Outer steps of "
-        f"meta-training on FashionMNIST, one seed: {told}. Learning rate of Adam: {adam_rate:g}."
+        f"{what} {describe_scale(records, profile, scale)} Batches of {batch}. ± is over all runs of a row. "
+        f"Learned optimizers: meta-seeds {', '.join(map(str, metas))}, on FashionMNIST. "
+        f"Learning rate of Adam: {adam_rate:g}."
     )
 
 
+def pooled(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Runs whose seed names the meta-training too, so that those of all meta-seeds can be summarized as one row."""
+    seeds = [f"{r['metrics'].get('meta_seed', '')}/{r['config']['seed']}" for r in records]
+    return [dict(r, config=r["config"] | {"seed": seed}) for r, seed in zip(records, seeds, strict=True)]
+
+
+RESULTS = {
+    "seeds": "Runs",
+    "by_meta_seed": "By meta-seed",
+    "outer_steps": "Outer steps",
+    "networks": "Networks seen",
+    "paper_outer_steps": "Paper's outer steps",
+}  # headings of `results`
+PAPER_OUTER_STEPS = "up to 1,000"  # section 4.3; it does not say how many networks these are
+
+
+def results(records: Sequence[Record], published: Mapping[str, Any]) -> pd.DataFrame:
+    """Table 2: final test accuracies (%) of all runs of a method on a data set, beside the paper's.
+
+    Returns:
+        A row per data set and method: dataset, method, mean, std, seeds (all runs); by_meta_seed, the means of single
+        meta-trainings; the outer_steps that these had and the networks that they saw, in the same order; the paper's.
+    """
+    table = summarize(pooled(records), metric="final_accuracy", scale=100, by=("dataset", "method"), methods=METHODS)
+    told = []
+    for row in table.to_dict("records"):
+        own = [r for r in records if all(r["config"][name] == row[name] for name in ("dataset", "method"))]
+        metas: dict[int, list[Record]] = {}
+        for record in sorted(own, key=lambda record: record["metrics"].get("meta_seed", -1)):
+            metas.setdefault(record["metrics"].get("meta_seed", -1), []).append(record)
+        told.append(_of_meta_seeds(list(metas.values())) if row["method"] in LEARNED else {})
+    about = pd.DataFrame(told).reindex(columns=["by_meta_seed", "outer_steps", "networks", "paper_outer_steps"])
+    return beside_published(pd.concat([table.drop(columns="networks_seen", errors="ignore"), about], axis=1), published)
+
+
+def _of_meta_seeds(groups: Sequence[Sequence[Record]]) -> dict[str, str]:
+    means = [100 * statistics.mean(r["metrics"]["final_accuracy"] for r in own) for own in groups]
+    counts = {name: [own[0]["metrics"][of] for own in groups] for name, of in _COUNTS.items()}
+    told = {name: ", ".join(map(str, values)) for name, values in counts.items()}
+    return {"by_meta_seed": ", ".join(f"{mean:.1f}" for mean in means), "paper_outer_steps": PAPER_OUTER_STEPS} | told
+
+
+_COUNTS = {"outer_steps": "outer_steps", "networks": "networks_seen"}
+
+
+GRAPH = ("NG-GNN", "NG-T")
+NO_GRAPH = ("FF", "LSTM")
+
+
+ORDER = {
+    "tau": "Kendall's τ",
+    "rows": "Rows",
+    "graph": "Best that reads the graph",
+    "other": "Best of FF, LSTM",
+    "lead": "Lead (points)",
+}  # headings of `agreement`
+
+
+def agreement(table: pd.DataFrame) -> pd.DataFrame:
+    """Whether table 2 says what the paper's does, on every data set.
+
+    Returns:
+        A row per data set: dataset; tau, Kendall's between our means and the paper's, 1 for the same order, -1 for the
+        reverse, of so many rows; graph and other, the best that reads the graph and the best learned one that reads no
+        other scalar's place in the network (FF, LSTM), and by how many points the first leads.
+    """
+    found = []
+    for name, own in table.groupby("dataset", sort=False):
+        rows, means = own.dropna(subset=["paper_mean"]), own.set_index("method")["mean"]
+        row = {"dataset": name, "tau": kendalltau(rows["mean"], rows["paper_mean"]).statistic, "rows": len(rows)}
+        best = [means[means.index.intersection(names)] for names in (GRAPH, NO_GRAPH)]
+        if not any(each.empty for each in best):
+            row |= {"graph": best[0].idxmax(), "other": best[1].idxmax(), "lead": best[0].max() - best[1].max()}
+        found.append(row)
+    return pd.DataFrame(found)
+
+
 def draw_curves(records: Sequence[Record], axes: Sequence[Axes] | np.ndarray, window: int) -> None:
-    """Left the training loss, right the test accuracy, against the step."""
+    """Left the training loss on a logarithmic axis, right the test accuracy from a fifth of the steps on."""
     label = f"Training loss (mean of {window} steps)"
     step_curves(records, axes[0], "train_loss", window=window, ylabel=label, methods=METHODS)
     label = "Test accuracy (%)"
     step_curves(records, axes[1], "accuracy", at="measured", scale=100, ylabel=label, methods=METHODS)
+    axes[0].set_yscale("log")
+    focus(axes[1], records[0]["config"]["steps"] / 5)
     axes[0].get_legend().remove()
 
 
@@ -236,53 +311,6 @@ def can_read(method: str, task: Task) -> bool:
     except ValueError:
         return False
     return True
-
-
-COST_REPETITIONS = 20
-
-
-@dataclass(frozen=True)
-class CostConfig:
-    """What a step of every optimizer costs on a task's network."""
-
-    dataset: str
-    trained: ImageTask
-    methods: tuple[str, ...]
-    method: str = "all"
-    seed: int = 0
-    task: str = "optimizer_cost"
-
-
-COST_HEADINGS = {
-    "step_ms": "Step (ms)",
-    "of_task": "Share of the network's pass",
-    "of_adam": "Steps of Adam",
-    "step_mb": "Memory of a step (MB)",
-    "state_mb": "State (MB)",
-}
-
-
-def cost_table(records: Sequence[Record]) -> pd.DataFrame:
-    """What a step costs, also as a share of the network's pass, and in steps of Adam."""
-    parts = [pd.DataFrame(r["metrics"]["cost"]).assign(dataset=r["config"]["dataset"]) for r in records]
-    costs = pd.concat(parts, ignore_index=True)
-    adam = costs[costs["method"] == "Adam"].set_index("dataset")["step_ms"]
-    costs["of_task"] = (costs["step_ms"] / costs["task_ms"]).round(2)
-    costs["of_adam"] = (costs["step_ms"] / costs["dataset"].map(adam)).round(1)
-    return costs[["dataset", "method", *COST_HEADINGS]].round(2)
-
-
-def _load_cost(config: CostConfig, device: str) -> tuple[Task, str]:
-    task = config.trained.task("test", device)
-    return task, task.digest
-
-
-def _produce_cost(config: CostConfig, task: Task, job: Job) -> Outcome:
-    """Metrics: `cost`, the rows of the function of this name."""
-    return Outcome({"cost": cost(task, config.methods).round(4).to_dict("records")}, {}, 0.0)
-
-
-COST = Experiment(CostConfig, {}, _load_cost, _produce_cost)
 
 
 def image_tasks(parameters: Mapping[str, Any]) -> dict[str, ImageTask]:
@@ -298,96 +326,3 @@ def variations_of(parameters: Mapping[str, Any]) -> dict[str, ImageTask]:
 
 def _fields(parameter: Mapping[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in parameter.items()}
-
-
-def runs(parameters: Mapping[str, Any]) -> Runs:
-    """Meta-training; Adam's grid; then table 2 with its best rate, other networks, long training; what a step costs."""
-    p, tasks = parameters, image_tasks(parameters)
-    fashion = tasks["fashion_mnist"]
-    meta = yield [
-        meta_training.Config("fashion_mnist", method, p["meta_seed"], fashion, **p["meta"])
-        for method in p["meta_methods"]
-    ]
-    tuned = yield tuning_configs("Adam", fashion, p["adam_rates"], p["adam_seeds"], p["steps"])
-    weights = {method: "shipped" for method in p["methods"] if method in LEARNED}
-    if p["weights"] == "trained":
-        weights |= {record["config"]["method"]: record["hash"] for record in meta}
-    rate, curve = best_learning_rate(tuned), {name: p[name] for name in ("curve_every", "curve_images")}
-
-    def configs(methods: Sequence[str], tasks: Mapping[str, ImageTask], seeds: int, steps: int) -> list[Config]:
-        return configs_of(methods, tasks, seeds, weights, rate, steps=steps, **curve)
-
-    every = []
-    for name, task in tasks.items():
-        every += configs(p["methods"], {"none": task}, p["seeds"][name], p["steps"])
-    for name, task in variations_of(p).items():
-        readers = [method for method in p["variation_methods"] if can_read(method, task.task())]
-        every += configs(readers, {name: task}, p["variation_seeds"], p["steps"])
-    every += configs(p["long_methods"], {"none": fashion}, p["long_seeds"], p["long_steps"])
-    found = meta + tuned + (yield every)
-    for task in tasks.values():  # one after the other, with nothing beside it
-        found = found + (yield [CostConfig(task.dataset, task, tuple(p["methods"]))])
-    return found
-
-
-PLAN = Plan(runs, ("meta_training", "learning_to_optimize", "optimizer_cost"))
-
-
-def cost(task: Task, methods: Sequence[str]) -> pd.DataFrame:
-    """What a step of every optimizer costs, and of the network's own forward and backward pass.
-
-    Measured in turns, so that other load on the machine slows all alike. A learned optimizer's weights do not matter.
-
-    Returns:
-        A row per method: `step_ms` of the optimizer and `task_ms` of the network (medians), `step_mb`, the most memory
-        that a step takes at once (2**20 bytes), and `state_mb`, what it keeps between steps.
-    """
-    networks = {method: task.network(0) for method in methods}
-    optimizers = {
-        method: HAND_DESIGNED[method].build(network.parameters(), lr=1e-3)
-        if method in HAND_DESIGNED
-        else LearnedOptimizer(method).to(task.inputs.device).bind(network, task.example)
-        for method, network in networks.items()
-    }
-    generator = torch.Generator().manual_seed(0)
-    times: dict[str, list[tuple[float, float]]] = {method: [] for method in methods}
-    for _ in range(COST_REPETITIONS + 2):
-        for method in methods:
-            started = _now()
-            task.backward(networks[method], generator)
-            between = _now()
-            optimizers[method].step()
-            times[method].append((between - started, _now() - between))
-    rows = []
-    for method in methods:
-        pass_seconds, step_seconds = (statistics.median(own) for own in zip(*times[method][2:], strict=True))
-        state = [x for own in optimizers[method].state.values() for x in own.values() if isinstance(x, Tensor)]
-        rows.append(
-            {
-                "method": method,
-                "step_ms": step_seconds * 1e3,
-                "task_ms": pass_seconds * 1e3,
-                "step_mb": peak_bytes(optimizers[method].step) / 2**20,
-                "state_mb": sum(x.nbytes for x in state) / 2**20,
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def peak_bytes(function: Callable[[], object]) -> int:
-    """The most memory that tensors made by a function take at once, beside those that are there before."""
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-    with profile(activities=activities, profile_memory=True) as trace:
-        function()
-    events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak

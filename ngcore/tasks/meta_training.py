@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -76,7 +77,21 @@ class Config:
     @property
     def settings(self) -> Settings:
         """What is no matter of where the run is stored and how long it is."""
-        return Settings(**{field.name: getattr(self, field.name) for field in fields(Settings)})
+        return settings_of(vars(self))
+
+
+def settings_of(config: Mapping[str, Any]) -> Settings:
+    """Of a config, or of what JSON keeps of one: without tuples, and without fields that are newer than it is."""
+    own = {field.name: config[field.name] for field in fields(Settings) if field.name in config}
+    return Settings(**own | {"options": tuple(map(tuple, config["options"]))})
+
+
+def describe(config: Mapping[str, Any], best_step: int) -> dict[str, int]:
+    """Of weights after so many outer steps of a meta-training, as records of their use keep it: `meta_seed`, `horizon`,
+    `outer_steps`, and the `networks_seen` until then."""
+    seen = settings_of(config).networks_seen(best_step)
+    own = {"meta_seed": config["seed"], "horizon": config["horizon"]}
+    return own | {"outer_steps": best_step, "networks_seen": seen}
 
 
 def load(config: Config, device: str) -> tuple[Task, str]:
@@ -136,6 +151,21 @@ def _validate(training: MetaTraining, state: dict[str, Any]) -> float:
 
 
 EXPERIMENT = Experiment(Config, METHODS, load, produce)
+
+
+def best_runs(records: Sequence[Record]) -> list[Record]:
+    """Of every method the run with the best validation among those of most validation networks, whose scores are the
+    surest; in the order of the methods."""
+    best: dict[str, Record] = {}
+    for record in records:
+        own = best.setdefault(record["config"]["method"], record)
+        if _merit(record) > _merit(own):
+            best[record["config"]["method"]] = record
+    return [best[method] for method in METHODS if method in best]
+
+
+def _merit(record: Record) -> tuple[int, float]:
+    return record["config"].get("validation_networks", 1), max(record["metrics"]["val_score"])
 
 
 def trained(name: str) -> tuple[LearnedOptimizer, Record]:

@@ -80,6 +80,20 @@ class Settings:
             return self.learning_rate
         return self.learning_rate * (1 + math.cos(math.pi * min(1.0, step / self.decay_steps))) / 2
 
+    def networks_seen(self, outer_steps: int) -> int:
+        """Networks that so many outer steps train, each for at least one of them."""
+        turns_of_life = self.horizon // self.inner_steps
+        seen = 0
+        for learner in range(self.networks):
+            turns = len(range(learner, outer_steps, self.networks))
+            first = turns_of_life - self.first_age(learner) // self.inner_steps
+            seen += min(turns, 1) + -(-max(0, turns - first) // turns_of_life)
+        return seen
+
+    def first_age(self, learner: int) -> int:
+        """The age in steps that a learner is said to have at the beginning, so that not all are replaced at once."""
+        return learner * self.horizon // self.networks // self.inner_steps * self.inner_steps
+
 
 @dataclass
 class Learner:
@@ -142,8 +156,8 @@ class MetaTraining:
         self.outer = torch.optim.Adam(self.rule.parameters(), lr=settings.learning_rate)
         self.started = 0
         self.learners = [self.new_learner() for _ in range(settings.networks)]
-        for i, learner in enumerate(self.learners):  # so that they are not all replaced at once
-            learner.age = i * settings.horizon // settings.networks // settings.inner_steps * settings.inner_steps
+        for i, learner in enumerate(self.learners):
+            learner.age = settings.first_age(i)
 
     def new_learner(self) -> Learner:
         network = self.task.network(self.settings.seed * 1_000_003 + self.started).train()
