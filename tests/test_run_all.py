@@ -9,9 +9,10 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from ngcore.study.__main__ import main
+from ngcore.study.__main__ import drawable, main
 from ngcore.study.notebooks import execute
 from ngcore.study.profiles import NotebookError, ProfileError
+from ngcore.study.runs import RunError, make_record, results_directory, write_record
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -246,7 +247,20 @@ def test_exit_codes(monkeypatch, capsys, error, code):
             raise error
 
     monkeypatch.setattr("ngcore.study.notebooks.execute", fake)
+    monkeypatch.setattr("ngcore.study.__main__.drawable", lambda profile, only: ["00"])
     assert main(["run", "--profile", "smoke", "--only", "01,03"]) == code
     assert main(["figures"]) == code
-    assert [arguments for arguments, _ in calls] == [("smoke", ["01", "03"], True), ("quick", None, False)]
+    assert [arguments for arguments, _ in calls] == [("smoke", ["01", "03"], True), ("quick", ["00"], False)]
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_only_notebooks_with_stored_runs_are_redrawn(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NGCORE_OUTPUT", str(tmp_path))
+    with pytest.raises(RunError, match=r"results.smoke holds no stored runs: .*train --profile smoke"):
+        drawable("smoke", None)
+    record = make_record({"task": "ablations"}, {"task": "ablations"}, "d", {}, {})
+    write_record(record, results_directory("smoke") / f"{record['hash']}.json")
+    assert drawable("smoke", None) == ["00", "05"]
+    left_out = capsys.readouterr().out.splitlines()
+    assert [line.split()[0][:2] for line in left_out] == ["01", "02", "03", "04"]
+    assert drawable("smoke", ["02"]) == []

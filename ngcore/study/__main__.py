@@ -45,7 +45,7 @@ from ngcore.study.profiles import (
     load_training,
     plan_notebooks,
 )
-from ngcore.study.runs import ROOT, RunError
+from ngcore.study.runs import ROOT, RunError, read_records, results_directory
 
 MARGIN = 0.05, 20.0  # of the minutes given, and at most so many seconds, for coming to an end
 FAILED, WRONG, OUT_OF_TIME, INTERRUPTED = 1, 2, 3, 130
@@ -90,10 +90,39 @@ def _use_archives(directory: Path) -> None:
 
 
 def show(profile: str, only: Sequence[str] | None, train: bool) -> None:
-    """Execute the notebooks."""
+    """Execute the notebooks; to redraw, those that have stored runs or need none.
+
+    Raises:
+        RunError: to redraw, nothing is stored.
+    """
     from ngcore.study.notebooks import execute  # Jupyter is needed here alone
 
-    execute(profile, only, train)
+    execute(profile, only if train else drawable(profile, only), train)
+
+
+def drawable(profile: str, only: Sequence[str] | None, root: Path = ROOT) -> list[str]:
+    """The numbers of the notebooks whose runs a profile has, all or some of them, or that show none; one line names
+    each of the others.
+
+    Raises:
+        RunError: no runs are stored.
+    """
+    from ngcore import tasks
+
+    directory = results_directory(profile)
+    stored = {record["config"]["task"] for record in read_records(directory)}
+    if not stored:
+        raise RunError(
+            f"{directory} holds no stored runs: `python -m ngcore.study train --profile {profile}` makes them"
+        )
+    chosen = []
+    for notebook in plan_notebooks(profile, only, root / "notebooks"):
+        plan = tasks.PLANS.get(notebook.name[:2])
+        if plan is None or stored & set(plan.tasks):
+            chosen.append(notebook.name[:2])
+        else:
+            print(f"{notebook.stem} is left out: {directory} holds no runs of it", flush=True)
+    return chosen
 
 
 def train(profile: str, only: Sequence[str] | None = None, minutes: float | None = None, root: Path = ROOT) -> None:
