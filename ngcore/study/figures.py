@@ -282,18 +282,20 @@ def loss_curves(
 
 
 def curves(table: pd.DataFrame, ax: Axes, quantity: str, *, xlabel: str, ylabel: str, methods: Methods = _NONE) -> None:
-    """The mean of every method against a quantity on a logarithmic axis of base 2, with one standard deviation.
+    """The mean of every method against a quantity on a logarithmic axis of base 2, with error bars as in `probe_curve`;
+    where every point is of one seed they are hollow.
 
     Args:
-        table: of `summarize`; columns method, `quantity`, mean, std. What is no known method is coloured by its order.
+        table: of `summarize`; columns method, `quantity`, mean, std, seeds, perhaps low, high. What is no known method is coloured by its order.
     """
     for i, method in enumerate(table["method"].unique()):
         rows = table[table["method"] == method].sort_values(quantity)
         ax.errorbar(
             rows[quantity],
             rows["mean"],
-            rows["std"].fillna(0),
+            _bars(rows),
             color=_colour(methods, method, i),
+            markerfacecolor="white" if (rows["seeds"] == 1).all() else None,
             marker=_MARKERS[i % len(_MARKERS)],
             capsize=3,
             label=method,
