@@ -12,8 +12,10 @@ from ngcore.data.zoos import cifar10_gs, wild_park
 from ngcore.data.zoos.cnn import CNN
 from ngcore.models.baselines import StatNN
 from ngcore.models.baselines.stat_nn import statistics
+from ngcore.study.profiles import declared_parameters, plan_notebooks
+from ngcore.study.runs import ROOT, identity
 from ngcore.study.training import DivergedError, Schedule
-from ngcore.tasks import execute, zoos
+from ngcore.tasks import execute, zoo_company, zoos
 from ngcore.tasks import generalization as task
 
 SMALL = zoos.Zoo(48, cifar10_gs.Recipe(64, 40, 4))
@@ -52,6 +54,22 @@ def test_splits_share_no_training_run_and_lose_no_network():
         assert not one & other
     sizes = {split: sum(name == "cifar10_gs" for name, _ in own) for split, own in keys.items()}
     assert sizes == {"train": 20, "validation": 5, "test": 25}  # the paper's: half for testing, of the rest a fifth
+
+
+def test_another_seed_splits_otherwise_and_as_cleanly():
+    table = pd.DataFrame({"dataset": "cifar10_wild_park", "run": np.repeat(np.arange(40), 3)})
+    splits = [zoos.split_rows(table, seed) for seed in range(3)]
+    for rows in splits:
+        assert sorted(torch.cat(list(rows.values())).tolist()) == list(range(120))
+        runs = [set(table["run"][own.numpy()]) for own in rows.values()]
+        assert [len(own) for own in runs] == [24, 6, 10]
+        assert not set.intersection(*runs)
+    assert not torch.equal(splits[0]["test"], splits[1]["test"])
+    assert torch.equal(splits[0]["test"], zoos.split_rows(table)["test"])
+    table["split"] = np.repeat(["train", "val", "test", "train"], 30)  # as its publisher says
+    told = {name: rows.tolist() for name, rows in zoos.split_rows(table).items()}
+    assert told == {"train": [*range(30), *range(90, 120)], "validation": [*range(30, 60)], "test": [*range(60, 90)]}
+    assert torch.equal(zoos.split_rows(table, 1)["test"], splits[1]["test"])
 
 
 def test_statistics_are_numpys_of_every_layer():
@@ -127,6 +145,9 @@ def test_a_run_is_stored_and_scores_its_predictions(dataset, method):
     )
     expected = np.nan_to_num(kendalltau(predicted, true).statistic)
     assert metrics[f"test_{dataset}_tau"] == pytest.approx(expected, abs=0.01)  # predictions are stored rounded
+    table = zoos.load((SMALL if dataset == "cifar10_gs" else PARK,), False).table
+    accuracy = {(row["run"], round(row["accuracy"], 6)) for row in table.to_dict("records")}
+    assert set(zip(metrics[f"test_{dataset}_run"], true, strict=True)) <= accuracy
     assert execute(config(dataset, method)) == record
 
 
@@ -141,6 +162,28 @@ def test_the_control_trains_on_other_targets_and_is_tested_on_the_true_ones():
     assert real["metrics"]["train_loss"] != control["metrics"]["train_loss"]
 
 
+def test_a_split_of_its_own_is_a_run_of_its_own():
+    first, other = (config("cifar10_wild_park", "StatNN", split_seed=seed) for seed in (0, 1))
+    assert "split_seed" not in identity(first)
+    runs = [set(execute(one)["metrics"]["test_cifar10_wild_park_run"]) for one in (first, other)]
+    assert runs[0] != runs[1]
+
+
+def test_the_plan_splits_the_park_anew_once_per_seed_of_splitting():
+    ((notebook, changes),) = plan_notebooks("quick", ["03"], ROOT / "notebooks").items()
+    asked = next(task.runs(declared_parameters(notebook) | changes | {"park_splits": {"StatNN": 3, "NG-T": 2}}))
+    found = [(one.method, one.dataset, one.seed, one.split_seed) for one in asked if getattr(one, "split_seed", 0)]
+    assert found == [
+        (method, "cifar10_wild_park", 0, split) for method, split in (("StatNN", 1), ("StatNN", 2), ("NG-T", 1))
+    ]
+
+
+def test_what_changes_a_prediction_and_what_does_not():
+    moved = zoo_company.prediction_changes(others=3)["prediction moves by"].tolist()
+    assert max(moved[:2]) < 1e-12
+    assert min(moved[2:]) > 1e-6
+
+
 def test_predictions_do_not_depend_on_the_order_or_the_company():
     networks = zoos.load((PARK,), False)
     for method in ("NG-GNN", "NG-T"):
@@ -153,6 +196,7 @@ def test_predictions_do_not_depend_on_the_order_or_the_company():
             networks.collection,
             networks.collection.sizes,
             rows,
+            networks.table["run"].tolist(),
             targets,
             targets,
             "mse",
@@ -173,8 +217,8 @@ def test_models_start_near_the_mean_target(method):
     torch.manual_seed(0)
     model = task.build_model(method, networks).eval()
     inputs = task.METHODS[method].inputs(networks)
-    sizes = networks.collection.sizes
-    problem = task.Prediction(model, inputs, sizes, rows, targets, targets, "bce", task.METHODS[method].chunk)
+    sizes, runs = networks.collection.sizes, networks.table["run"].tolist()
+    problem = task.Prediction(model, inputs, sizes, rows, runs, targets, targets, "bce", task.METHODS[method].chunk)
     with torch.no_grad():
         predicted = problem.predictions(rows["train"])
         last = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
@@ -188,11 +232,11 @@ def test_losses_are_the_means_that_they_say():
     networks = zoos.load((SMALL,), False)
     rows = task.rows_of(networks, "random")
     known = torch.tensor(networks.table["accuracy"].to_numpy(), dtype=torch.float32)
-    sizes = networks.collection.sizes
+    sizes, runs = networks.collection.sizes, networks.table["run"].tolist()
     for loss in ("bce", "mse"):
         torch.manual_seed(0)
         model = task.build_model("StatNN", networks)
-        problem = task.Prediction(model, networks.statistics, sizes, rows, known, known, loss, None)
+        problem = task.Prediction(model, networks.statistics, sizes, rows, runs, known, known, loss, None)
         first = torch.arange(5)
         share = model(networks.statistics[rows["train"][first]])[:, 0].sigmoid()
         wanted = known[rows["train"][first]]
@@ -230,8 +274,8 @@ def test_a_prediction_that_is_not_finite_is_named():
     rows = task.rows_of(networks, "random")
     bad = networks.statistics.clone()
     bad[rows["test_cifar10_gs"][3]] = torch.nan
-    targets = torch.zeros(len(bad))
+    targets, runs = torch.zeros(len(bad)), networks.table["run"].tolist()
     model = task.build_model("StatNN", networks)
-    problem = task.Prediction(model, bad, networks.collection.sizes, rows, targets, targets, "bce", None)
+    problem = task.Prediction(model, bad, networks.collection.sizes, rows, runs, targets, targets, "bce", None)
     with torch.no_grad(), pytest.raises(DivergedError, match=f"network {rows['test_cifar10_gs'][3]} of the table"):
         problem.test()

@@ -20,7 +20,16 @@ ARTEFACTS = {
         *("figure_networks", "figure_edit", "figure_training_editing"),
     ],
     "03": [
-        *("table_1", "table_control", "table_losses", "table_joint", "table_shapes", "table_probing"),
+        *(
+            "table_1",
+            "table_ahead",
+            "table_splits",
+            "table_control",
+            "table_losses",
+            "table_joint",
+            "table_shapes",
+            "table_probing",
+        ),
         *("figure_populations", "figure_park_graphs", "figure_training_generalization"),
         *("figure_predictions_cifar10_gs", "figure_predictions_cifar10_wild_park"),
     ],

@@ -65,7 +65,7 @@ def against(
         for control in [name for name in controls if row["method"] not in CONTROLS]:
             theirs = [r for r in records if r["config"]["method"] == control]
             value, low, high = difference(theirs, own, measure_of(split))
-            rows.append(row | {"better_than": control, "difference": value, "low": low, "high": high})
+            rows.append(row | {"ahead_of": control, "difference": value, "low": low, "high": high})
     return pd.DataFrame(rows)
 
 

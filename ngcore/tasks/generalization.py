@@ -26,8 +26,6 @@ from ngcore.models.baselines import NFN, StatNN
 from ngcore.study.methods import Method, known
 from ngcore.study.plans import Plan, Runs
 from ngcore.study.run import Experiment
-from ngcore.study.runs import Record
-from ngcore.study.tables import describe_scale, summarize
 from ngcore.study.training import DivergedError, Schedule, by_training
 from ngcore.tasks import zoos
 from ngcore.tasks.zoos import Networks, Zoo, population_config, split_rows
@@ -49,6 +47,7 @@ class Config:
         loss: on the sigmoid of what the model returns: "bce", binary cross entropy, or "mse", mean squared error.
         target: what is predicted, see `targets_of`. Activations are hidden from models that are asked for them.
         split: "random", or see `trained_shapes`: train and select on some shapes and test on the others too.
+        split_seed: which training runs are for what, see `zoos.split_rows`.
         shuffled: give the training networks each other's targets, so that there is nothing to learn: the control.
         options: further arguments of the model, as pairs.
     """
@@ -63,6 +62,7 @@ class Config:
     data: tuple[Zoo, ...]
     schedule: Schedule
     options: tuple[tuple[str, Any], ...] = ()
+    split_seed: int = 0
     task: str = "generalization"
 
 
@@ -73,7 +73,7 @@ class RegressionNFN(NFN):
         super().fit_normalization(graph[rows])
 
 
-TABLE_1 = {"loss": "bce", "target": "accuracy", "split": "random", "shuffled": False}
+TABLE_1 = {"loss": "bce", "target": "accuracy", "split": "random", "shuffled": False, "split_seed": 0}
 ROWS = {
     "cifar10_gs": ("StatNN", "NFN_HNP", "NG-GNN", "NG-T"),
     "cifar10_wild_park": ("StatNN", "NG-GNN", "NG-T"),
@@ -116,47 +116,7 @@ def configs_of(
     ]
 
 
-def table(records: Sequence[Record], test: str, by: Sequence[str], metric: str = "tau") -> pd.DataFrame:
-    """Mean and standard deviation over seeds of what `test` sets of the records, e.g. "test_cifar10_gs", score."""
-    return summarize(records, metric=f"{test}_{metric}", by=by, methods=METHODS)
-
-
 OPTIONS = {"sigma": None, "activations": True, "dropout": 0.0}  # of the graph models
-
-
-def having(records: Sequence[Record], **fields: Any) -> list[Record]:
-    """Those of some records whose configs have these fields, and those of table 1 where nothing else is said."""
-    expected = TABLE_1 | fields
-    return [r for r in records if all(r["config"][name] == value for name, value in expected.items())]
-
-
-def joint_table(together: Sequence[Record], apart: Mapping[str, Sequence[Record]]) -> pd.DataFrame:
-    """Models of both populations beside the same methods on each, which `apart` has by data set."""
-    methods = {record["config"]["method"] for record in together}
-    rows = []
-    for name, records in apart.items():
-        alone = [record for record in records if record["config"]["method"] in methods]
-        for trained_on, found in ((name, alone), ("both", together)):
-            rows.append(table(found, f"test_{name}", ("method",)).assign(tested_on=name, trained_on=trained_on))
-    return pd.concat(rows, ignore_index=True)[["tested_on", "method", "trained_on", "mean", "std", "seeds"]]
-
-
-def shapes_table(records: Sequence[Record]) -> pd.DataFrame:
-    """τ on test networks of the shapes that were trained on, "same", and of others, "other"."""
-    parts = [table(records, tested, ("split", "method")).assign(tested_on=tested) for tested in ("same", "other")]
-    columns = ["split", "tested_on", "method", "mean", "std", "seeds"]
-    return pd.concat(parts, ignore_index=True)[columns].sort_values("split", kind="stable", ignore_index=True)
-
-
-def caption(what: str, records: Sequence[Record], populations: Sequence[Zoo], profile: str) -> str:
-    """What a table shows, and the scale of its runs."""
-    scale = {"schedule.epochs": "epochs", "schedule.batch": "networks a batch", "schedule.warmup": "warm-up steps"}
-    schedules = {record["config"]["method"]: record["config"]["schedule"] for record in records}
-    own = [(method, schedules[method]) for method in METHODS if method in schedules]
-    rates = ", ".join(f"{method} {schedule['learning_rate']:g}" for method, schedule in own)
-    decay = "cosine" if own[0][1]["decay"] else "constant"
-    regime = f"{zoos.sizes_in_words(populations)}. Learning rates, {decay}: {rates}."
-    return f"{what} {describe_scale(records, profile, scale)} {regime}"
 
 
 def _ng_gnn(networks: Networks, **options: Any) -> nn.Module:
@@ -257,6 +217,7 @@ class Prediction:
         inputs: what the model reads, indexed by rows of the table.
         sizes: of the networks, for methods that read networks of like size together.
         rows: the networks of every split, see `rows_of`.
+        runs: the training run of every network, by which predictions are judged.
         known: targets that training and selection see; `targets` are the true ones.
     """
 
@@ -266,12 +227,13 @@ class Prediction:
         inputs: Any,
         sizes: Int[Tensor, " all"],
         rows: Mapping[str, Int[Tensor, " networks"]],
+        runs: Sequence[Any],
         known: Float[Tensor, " all"],
         targets: Float[Tensor, " all"],
         loss: str,
         chunk: int | None,
     ) -> None:
-        self.model, self.inputs, self.sizes, self.rows = model, inputs, sizes, rows
+        self.model, self.inputs, self.sizes, self.rows, self.runs = model, inputs, sizes, rows, runs
         self.known, self.targets, self.chunk = known, targets, chunk
         if loss not in LOSSES:
             raise ValueError(f"unknown loss {loss!r}; there are {', '.join(LOSSES)}")
@@ -301,7 +263,8 @@ class Prediction:
         return {"val_loss": error, "val_score": sum(tau(*pair) for pair in found) / len(found)}
 
     def test(self) -> dict[str, Any]:
-        """Of every test set τ, the squared error, all predictions, and of binary targets the share that is right.
+        """Of every test set τ, the squared error, all predictions with their networks' training runs, and of binary
+        targets the share that is right.
 
         Raises:
             DivergedError: a prediction is not finite.
@@ -321,6 +284,7 @@ class Prediction:
                 f"{name}_mse": F.mse_loss(predicted, true).item(),
                 f"{name}_predicted": [round(value, 6) for value in predicted.tolist()],
                 f"{name}_true": [round(value, 6) for value in true.tolist()],
+                f"{name}_run": [self.runs[row] for row in rows.tolist()],
             }
             if set(true.tolist()) <= {0.0, 1.0}:
                 found[f"{name}_right"] = ((predicted > 0.5) == (true > 0.5)).float().mean().item()
@@ -363,14 +327,14 @@ def _squared_error(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
 LOSSES = {"bce": F.binary_cross_entropy_with_logits, "mse": _squared_error}
 
 
-def rows_of(networks: Networks, split: str) -> dict[str, Int[Tensor, " networks"]]:
+def rows_of(networks: Networks, split: str, seed: int = 0) -> dict[str, Int[Tensor, " networks"]]:
     """Rows of every split: "train", and "validation_<dataset>" and "test_<dataset>" per population; where shapes are
     split, "train", "validation", and test networks of the shapes that are trained on, "same", and of others, "other".
 
     Raises:
         ValueError: a split is empty.
     """
-    table, rows = networks.table, split_rows(networks.table)
+    table, rows = networks.table, split_rows(networks.table, seed)
 
     def among(split: str, mask: np.ndarray | pd.Series) -> Tensor:
         return rows[split][torch.tensor(np.asarray(mask))[rows[split]]]
@@ -401,7 +365,7 @@ def load(config: Config, device: str) -> tuple[Networks, str]:
 
 def problem_of(config: Config, networks: Networks, device: str) -> Prediction:
     """What the training loop solves."""
-    rows = rows_of(networks, config.split)
+    rows = rows_of(networks, config.split, config.split_seed)
     targets = torch.tensor(targets_of(networks.table, config.target), dtype=torch.float32)
     known_targets = targets.clone()
     if config.shuffled:
@@ -414,6 +378,7 @@ def problem_of(config: Config, networks: Networks, device: str) -> Prediction:
         inputs_of(config.method, networks, device),
         networks.collection.sizes.to(device),
         {name: some.to(device) for name, some in rows.items()},
+        networks.table["run"].tolist(),
         known_targets.to(device),
         targets.to(device),
         config.loss,
@@ -439,7 +404,10 @@ def populations_of(parameters: Mapping[str, Any]) -> tuple[Zoo, Zoo]:
 
 
 def runs(parameters: Mapping[str, Any]) -> Runs:
-    """Both populations; table 1 and its control; other losses, a joint model, shapes apart, other targets."""
+    """Both populations; table 1, its control, other splits; other losses, a joint model, shapes apart, other targets.
+
+    Only the Wild Park, with few training runs to test on, is split in several ways.
+    """
     populations = populations_of(parameters)
 
     def configs(dataset: str, methods: Sequence[str], seeds: int = 1, **changes: Any) -> list[Config]:
@@ -452,12 +420,15 @@ def runs(parameters: Mapping[str, Any]) -> Runs:
     every = [population_config(zoo) for zoo in populations]
     for dataset, methods in ROWS.items():
         every += configs(dataset, methods, parameters["seeds"])
-        every += configs(dataset, parameters["more_methods"])
+        every += configs(dataset, parameters["more_methods"], parameters["seeds"])
         for method, seeds in parameters["control"].items():
             every += configs(dataset, [method], seeds, shuffled=True)
         told = populations[1].archive is None or dataset != "cifar10_wild_park"  # its checkpoints tell accuracy alone
         for target in parameters["probing"].get(dataset, ()) if told else ():
             every += configs(dataset, parameters["probing_methods"], target=target)
+    for method, count in parameters["park_splits"].items():
+        for seed in range(1, count):
+            every += configs("cifar10_wild_park", [method], split_seed=seed)
     every += configs("both", parameters["joint"])
     for split in parameters["splits"]:
         every += configs("cifar10_wild_park", parameters["split_methods"], split=split)

@@ -36,6 +36,8 @@ SHARES = {
     "cifar10_wild_park_flattened": (0.6, 0.15),
 }
 
+TITLES = {"cifar10_gs": "CIFAR10-GS", "cifar10_wild_park": "CNN Wild Park"}
+
 
 @dataclass(frozen=True)
 class Zoo:
@@ -175,17 +177,18 @@ def load(zoos: tuple[Zoo, ...], hide_activations: bool) -> Networks:
     return Networks(table, tuple(architectures), tuple(graphs), digest, frame)
 
 
-def split_rows(table: pd.DataFrame) -> dict[str, Int[Tensor, " networks"]]:
-    """Rows of "train", "validation" and "test", by whole training runs, the same for all seeds.
+def split_rows(table: pd.DataFrame, seed: int = 0) -> dict[str, Int[Tensor, " networks"]]:
+    """Rows of "train", "validation" and "test", by whole training runs, the same for all seeds of training.
 
-    A published population that says which networks are for what is split as it says.
+    Args:
+        seed: draws which runs are for what. With 0 a published population that says it is split as it says.
     """
     of_row = pd.Series("test", index=table.index)
     for dataset, rows in table.groupby("dataset"):
-        if "split" in rows and rows["split"].notna().all():
+        if seed == 0 and "split" in rows and rows["split"].notna().all():
             of_row[rows.index] = rows["split"].replace("val", "validation")
             continue
-        runs = np.random.default_rng(0).permutation(np.sort(rows["run"].unique()))
+        runs = np.random.default_rng(seed).permutation(np.sort(rows["run"].unique()))
         train, validation = (round(share * len(runs)) for share in SHARES[dataset])
         of_row[rows.index[rows["run"].isin(runs[:train])]] = "train"
         of_row[rows.index[rows["run"].isin(runs[train : train + validation])]] = "validation"
