@@ -213,11 +213,14 @@ def table_of(records: Sequence[Record], published: Mapping[str, Any]) -> pd.Data
 
 
 def describe(records: Sequence[Record], profile: str) -> str:
-    """The scale of a table's runs and how the most of them were trained, for its caption."""
-    used = records[0]["config"]
-    rate = "cosine" if used["schedule"]["decay"] else "constant"
-    augmentation = "with" if used["augmentation"] else "no"
-    regime = f"dropout {dict(used['options'])['dropout']}, {augmentation} augmentation, {rate} learning rate"
+    """The scale of a table's runs and how they were trained, for its caption."""
+    configs = [record["config"] for record in records]
+    dropouts = sorted({f"{dict(config['options'])['dropout']:g}" for config in configs})
+    augmented = {bool(config["augmentation"]) for config in configs}
+    words = {(False,): "no augmentation", (True,): "with augmentation", (False, True): "augmentation in some rows"}
+    augmentation = words[tuple(sorted(augmented))]
+    rates = sorted({"cosine" if config["schedule"]["decay"] else "constant" for config in configs})
+    regime = f"dropout {' to '.join(dropouts)}, {augmentation}, {' or '.join(rates)} learning rate"
     return f"{inr_sets.describe(records, profile)} Training: {regime}."
 
 
