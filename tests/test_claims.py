@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from ngcore.study import claims
 from ngcore.study.claims import FAILS, HOLDS, NOT_RUN, OPEN, Claim
-from ngcore.study.evidence import mean_of
-from ngcore.tasks.claims import CLAIMS, metric_of_runs
+from ngcore.study.evidence import mean_of, number_of
+from ngcore.tasks.claims import CLAIMS
 
 ROOT = Path(__file__).resolve().parents[1]
 MEAN = mean_of(lambda record: record["metrics"]["right"], 100)
@@ -58,10 +59,14 @@ def test_seeds_are_all_that_is_drawn_of_single_numbers():
         for m, v in (("x", 10), ("y", 0))
         for s in range(5)
     ]
-    claim = Claim("c", "ours", {"method": "x"}, {"method": "y"}, metric_of_runs("a"))
+    claim = Claim("c", "ours", {"method": "x"}, {"method": "y"}, number_of("a"))
     found = claim.tested(own)
-    assert found.value == pytest.approx(10)
-    assert 7 < found.low < 10 < found.high < 13
+    half = stats.t.ppf(0.975, 8) * np.sqrt(2 * 2.5 / 5)  # both rows have variance 2.5
+    np.testing.assert_allclose(found, [10, 10 - half, 10 + half])
+    alone = claim.tested([r for r in own if r["config"]["seed"] == 0])
+    assert (alone.value, claims.verdict(alone)) == (10, OPEN)
+    (row,) = claims.table_of([claim], own[::5]).to_dict("records")
+    assert row["Ours, 95 % interval"] == "+10.0 points"
 
 
 def test_orders_are_of_rows_that_the_paper_has(tmp_path, records):

@@ -6,7 +6,8 @@ the other side, and *cannot be told at this scale* where it has 0 in it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ HOLDS, FAILS, OPEN, NOT_RUN = "holds", "does not hold", "cannot be told at this 
 RULE = (
     "A claim holds where the 95 % interval of the difference is on its side of 0, does not hold where it is on the "
     "other side, and cannot be told at this scale where it has 0 in it. Intervals are of test networks and, in rows of "
-    "several seeds, of seeds (bootstrap); those of one seed say nothing of another training."
+    "several seeds, of seeds (bootstrap); those of one seed say nothing of another training. Of learned optimizers "
+    "they are of the networks that these train (Student's), not of other meta-trainings."
 )
 
 
@@ -38,6 +40,8 @@ class Claim:
         paper: the paper's difference, None where it has none.
         decimals, unit: of the difference.
         lower_is_better: the better row has the lower number.
+        shared: fields that both rows' configs have.
+        kept: which records count, where configs do not tell.
     """
 
     text: str
@@ -50,10 +54,12 @@ class Claim:
     decimals: int = 1
     lower_is_better: bool = False
     shared: Mapping[str, Any] = field(default_factory=dict)
+    kept: Callable[[Record], bool] = lambda record: True
 
     def rows(self, records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
         """The records of both rows that keep the results of single units."""
-        kept = [record for record in having(records, **self.shared) if keeps_results(self.measure, record)]
+        shared = having(records, **self.shared)
+        kept = [record for record in shared if keeps_results(self.measure, record) and self.kept(record)]
         return having(kept, **self.ours), having(kept, **self.theirs)
 
     def tested(self, records: Sequence[Record]) -> Interval | None:
@@ -72,7 +78,7 @@ def having(records: Sequence[Record], **fields: Any) -> list[Record]:
 
 
 def verdict(found: Interval | None) -> str:
-    """By the module's rule."""
+    """By the module's rule; without an interval nothing can be told."""
     if found is None:
         return NOT_RUN
     return HOLDS if found.low > 0 else FAILS if found.high < 0 else OPEN
@@ -86,7 +92,9 @@ def table_of(claims: Sequence[Claim], records: Sequence[Record]) -> pd.DataFrame
 def _row(claim: Claim, records: Sequence[Record]) -> dict[str, str]:
     found, rows = claim.tested(records), claim.rows(records)
     number = f"+.{claim.decimals}f"
-    ours = "" if found is None else f"{found.value:{number}} ({found.low:{number}} to {found.high:{number}})"
+    ours = "" if found is None else f"{found.value:{number}}"
+    if found is not None and not math.isnan(found.low):
+        ours += f" ({found.low:{number}} to {found.high:{number}})"
     return {
         "Claim": claim.text,
         "Source": claim.source,

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from ngcore.study.runs import Record
 
@@ -32,11 +33,14 @@ class Measure:
         results: (record) -> what it says of all members of the test set, an array or several of one length.
         score: (results of the rows) -> one number.
         units: (record) -> (members,) the unit of each; None where every member is one.
+        has_units: False where a run gives one number alone: then intervals are Student's, of seeds, and rows may be
+            of different data.
     """
 
     results: Callable[[Record], Sequence[Any]]
     score: Callable[..., float]
     units: Callable[[Record], Sequence[Any]] | None = None
+    has_units: bool = True
 
 
 class Interval(NamedTuple):
@@ -55,6 +59,13 @@ class Interval(NamedTuple):
 def mean_of(results: Callable[[Record], Sequence[float]], scale: int | float = 1) -> Measure:
     """The measure of a mean over the test set, such as an accuracy or a mean squared error."""
     return Measure(lambda record: (np.asarray(results(record), dtype=float),), lambda own: scale * own.mean())
+
+
+def number_of(metric: str, scale: int | float = 1) -> Measure:
+    """The measure that is one number of every run."""
+    return Measure(
+        lambda record: ([record["metrics"][metric]],), lambda own: scale * float(own.mean()), has_units=False
+    )
 
 
 def interval(records: Sequence[Record], measure: Measure) -> Interval:
@@ -76,6 +87,8 @@ def _bootstrap(rows: Sequence[Sequence[Record]], measure: Measure, combine: Call
     records = [record for row in rows for record in row]
     if not all(rows):
         raise ValueError("a row without runs has no interval")
+    if not measure.has_units:
+        return _student([[measure.score(*map(np.asarray, measure.results(r))) for r in row] for row in rows])
     if len({record["data"] for record in records}) > 1:
         raise ValueError("runs of different data can't be compared unit by unit")
     results = [[tuple(map(np.asarray, measure.results(record))) for record in row] for row in rows]
@@ -93,6 +106,16 @@ def _bootstrap(rows: Sequence[Sequence[Record]], measure: Measure, combine: Call
     value = combine([mean(row, slice(None)) for row in results])
     low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(value, float(low), float(high))
+
+
+def _student(rows: Sequence[Sequence[float]]) -> Interval:
+    """The mean of a row, or how far the first row's is above the second's (Welch), by the numbers of their runs."""
+    means = [float(np.mean(row)) for row in rows]
+    value = means[0] if len(rows) == 1 else means[0] - means[1]
+    if min(map(len, rows)) < 2:
+        return Interval(value, float("nan"), float("nan"))
+    test = stats.ttest_1samp(rows[0], 0) if len(rows) == 1 else stats.ttest_ind(*rows, equal_var=False)
+    return Interval(value, *map(float, test.confidence_interval(LEVEL)))
 
 
 def _members(record: Record, measure: Measure, count: int) -> np.ndarray | list[np.ndarray]:

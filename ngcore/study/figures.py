@@ -286,7 +286,8 @@ def curves(table: pd.DataFrame, ax: Axes, quantity: str, *, xlabel: str, ylabel:
     where every point is of one seed they are hollow.
 
     Args:
-        table: of `summarize`; columns method, `quantity`, mean, std, seeds, perhaps low, high. What is no known method is coloured by its order.
+        table: of `summarize`; columns method, `quantity`, mean, std, seeds, perhaps low, high. What is no known
+            method is coloured by its order.
     """
     for i, method in enumerate(table["method"].unique()):
         rows = table[table["method"] == method].sort_values(quantity)
