@@ -105,7 +105,7 @@ def trajectories(records: Records, axes: np.ndarray, horizon: int, methods: Meth
         ax.axvline(horizon, color="black", linestyle="dotted", lw=1)
         if quantity in ("loss", "weight_norm", "change_norm"):
             ax.set_yscale("log")
-    for ax in axes.flat[:2]:
+    for ax in (*axes.flat[:2], *axes.flat[3:]):
         ax.get_legend().remove()
 
 
