@@ -12,7 +12,7 @@ from ngcore.precision import products
 from ngcore.study.step import Step, loss_of
 from ngcore.study.training import Schedule, optimizer_of, train_epoch
 from ngcore.tasks.inr_classification import Classification, build_model
-from ngcore.tasks.inr_editing import Editing, build_editor
+from ngcore.tasks.inr_editing import Editing, Pictures, build_editor
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -38,7 +38,7 @@ def classification(method, probes, dropout=0.2, augment=True):
 def editing(method, probes):
     torch.manual_seed(0)
     targets = torch.rand(COUNT, 28, 28, generator=torch.Generator().manual_seed(1)).cuda()
-    return Editing(build_editor(method, probes).cuda(), {"train": inrs()}, {"train": targets}, None)
+    return Editing(build_editor(method, probes).cuda(), Pictures({"train": inrs()}, {"train": targets}))
 
 
 PROBLEMS = [(classification, *row) for row in METHODS] + [(editing, "NG-GNN", 64), (editing, "NG-T", 0)]

@@ -5,7 +5,7 @@ A GPU would be waited for there. So would it for a tensor that is brought from t
 
 from __future__ import annotations
 
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import pytest
@@ -51,8 +51,10 @@ def on_meta(value: Any) -> Any:
         return value.to("meta")
     if isinstance(value, dict):
         return {name: on_meta(own) for name, own in value.items()}
-    if isinstance(value, tuple | list) and not is_dataclass(value):
+    if isinstance(value, tuple | list):
         return type(value)(map(on_meta, value))
+    if is_dataclass(value):
+        return replace(value, **{field.name: on_meta(getattr(value, field.name)) for field in fields(value)})
     return value
 
 
@@ -62,7 +64,7 @@ TASKS = {"01": inr_classification, "02": inr_editing}
 def trained(config: Any, task: Any) -> bool:
     """Whether the training loop makes the run."""
     method = task.METHODS[config.method]
-    return method.build is not None and config.method != "fitted to the target"
+    return method.build is not None
 
 
 def variants() -> dict[str, tuple[str, Any]]:
@@ -127,4 +129,4 @@ def test_every_method_is_tried():
     for task in TASKS.values():
         tried = {config.method for _, config in VARIANTS.values() if config.task == task.Config.task}
         wanted = {name for name, method in task.METHODS.items() if method.build is not None}
-        assert tried == wanted - {"fitted to the target"}
+        assert tried == wanted
