@@ -22,9 +22,9 @@ PROFILES = sorted(path.stem for path in (ROOT / "notebooks" / "profiles").glob("
 # What each package may import of the others.
 ALLOWED = {
     "graph": {"activations"},
-    "data": {"activations", "files", "processes"},
-    "study": {"digests", "files", "processes"},
-    "models": {"activations", "digests", "files", "graph"},
+    "data": {"activations", "files", "precision", "processes"},
+    "study": {"digests", "files", "precision", "processes"},
+    "models": {"activations", "digests", "files", "graph", "precision"},
     "reference": {"activations", "graph", "models", "data"},
     "tasks": {"activations", "digests", "files", "graph", "data", "study", "models"},
     "bench": {"activations", "files", "reference", "graph", "data", "study", "models", "tasks"},

@@ -72,7 +72,7 @@ def load_profile(name: str, directory: Path) -> dict[str, dict[str, Any]]:
     return {number: {**of_notebooks.get(number, {}), "profile": name} for number in notebooks}
 
 
-def _read(name: str, directory: Path) -> dict[str, Any]:
+def _read(name: str, directory: Path) -> dict[Any, Any]:
     """What stands in a profile, unchecked but for being a mapping."""
     path = directory / f"{name}.yaml"
     if not path.is_file():

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ngcore.study.captured import Captured
-
-if TYPE_CHECKING:
-    from ngcore.study.training import Problem, Schedule
+from ngcore.study.problem import Problem, Schedule
 
 
 class Step:
