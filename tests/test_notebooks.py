@@ -83,8 +83,6 @@ def test_notebook(number, tmp_path, study_cache, monkeypatch):
     if number == "01":
         table = pd.read_csv(directory / "table_3.csv")
         assert len(table) == 3 + 2 * 3 + 2 * 4 + 1  # baselines, controls, graph models, one recipe
-        claims = (directory / "claims.md").read_text()
-        assert "| NG-GNN reads weights better than DWSNet (digits) | table 3 | +5.7 |" in claims
         assert table["mean"].between(0, 100).all()
     if number == "02":
         table = pd.read_csv(directory / "table_5.csv")

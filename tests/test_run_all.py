@@ -246,11 +246,14 @@ def test_exit_codes(monkeypatch, capsys, error, code):
         if error is not None:
             raise error
 
+    written = []
     monkeypatch.setattr("ngcore.study.notebooks.execute", fake)
+    monkeypatch.setattr("ngcore.tasks.claims.write", lambda directory, records: written.append(directory.name))
     monkeypatch.setattr("ngcore.study.__main__.drawable", lambda profile, only: ["00"])
     assert main(["run", "--profile", "smoke", "--only", "01,03"]) == code
     assert main(["figures"]) == code
     assert [arguments for arguments, _ in calls] == [("smoke", ["01", "03"], True), ("quick", ["00"], False)]
+    assert written == ([] if error else ["smoke", "quick"])
     assert "Traceback" not in capsys.readouterr().err
 
 

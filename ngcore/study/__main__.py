@@ -90,14 +90,17 @@ def _use_archives(directory: Path) -> None:
 
 
 def show(profile: str, only: Sequence[str] | None, train: bool) -> None:
-    """Execute the notebooks; to redraw, those that have stored runs or need none.
+    """Execute the notebooks, to redraw those that have stored runs or need none; then write which claims hold.
 
     Raises:
         RunError: to redraw, nothing is stored.
     """
+    from ngcore.study.figures import figures_directory
     from ngcore.study.notebooks import execute  # Jupyter is needed here alone
+    from ngcore.tasks import claims
 
     execute(profile, only if train else drawable(profile, only), train)
+    claims.write(figures_directory(profile), read_records(results_directory(profile)))
 
 
 def drawable(profile: str, only: Sequence[str] | None, root: Path = ROOT) -> list[str]:
