@@ -259,7 +259,8 @@ def test_a_shipped_optimizer_is_part_of_a_runs_data(tmp_path, monkeypatch):
         execute(config)
     hashes = set()
     for _ in range(2):
-        save(LearnedOptimizer("FF"), tmp_path / "shipped" / "FF.safetensors", {"best_step": 7})
+        origin = dataclasses.asdict(Config("fashion_mnist", "FF", 0, TINY, 10)) | {"best_step": 7}
+        save(LearnedOptimizer("FF"), tmp_path / "shipped" / "FF.safetensors", origin)
         hashes.add(execute(config)["hash"])
     assert len(hashes) == 2
 
