@@ -7,6 +7,7 @@ the other side, and *cannot be told at this scale* where it has 0 in it.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from scipy.stats import kendalltau
 
 from ngcore.files import write_atomically
 from ngcore.study.evidence import Interval, Measure, difference, keeps_results
-from ngcore.study.runs import Record
+from ngcore.study.runs import Record, having
 
 HOLDS, FAILS, OPEN, NOT_RUN = "holds", "does not hold", "cannot be told at this scale", "not run"
 RULE = (
@@ -70,11 +71,6 @@ class Claim:
         return (
             difference(second, first, self.measure) if self.lower_is_better else difference(first, second, self.measure)
         )
-
-
-def having(records: Sequence[Record], **fields: Any) -> list[Record]:
-    """Those whose configs have all of these fields."""
-    return [r for r in records if all(r["config"].get(name) == value for name, value in fields.items())]
 
 
 def verdict(found: Interval | None) -> str:
@@ -141,7 +137,7 @@ def write(directory: Path, claims: Sequence[Claim], records: Sequence[Record]) -
     """Write `claims.md` beside the tables: every claim with its verdict, and how far orders agree."""
     found, agreement = table_of(claims, records), orders(directory)
     counts = ", ".join(f"{(found['Verdict'] == name).sum()} {name}" for name in (HOLDS, FAILS, OPEN, NOT_RUN))
-    parts = [f"{len(found)} claims: {counts}. {RULE}", markdown(found)]
+    parts = [f"{len(found)} claims: {counts}.", textwrap.fill(RULE, 120), markdown(found)]
     if len(agreement):
         parts += ["Kendall's τ between our column and the paper's:", markdown(agreement)]
     write_atomically(directory / "claims.md", "\n\n".join(parts) + "\n")

@@ -166,6 +166,11 @@ def read_records(directory: Path) -> list[Record]:
     return [read_record(path) for path in sorted(directory.glob("*.json"))]
 
 
+def having(records: Sequence[Record], **fields: Any) -> list[Record]:
+    """Those whose configs have all of these fields."""
+    return [r for r in records if all(r["config"].get(name) == value for name, value in fields.items())]
+
+
 # The store
 
 

@@ -16,10 +16,9 @@ import pandas as pd
 from ngcore.data.inrs.augment import Augmentation
 from ngcore.data.zoos import wild_park
 from ngcore.study import comparison
-from ngcore.study.claims import having
 from ngcore.study.evidence import difference
 from ngcore.study.plans import Plan, Runs
-from ngcore.study.runs import Record, make_record
+from ngcore.study.runs import Record, having, make_record
 from ngcore.study.tables import beside_published, describe_scale
 from ngcore.study.training import Schedule
 from ngcore.tasks import architectural_noise, generalization, inr_classification

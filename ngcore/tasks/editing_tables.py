@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import chain
 
 import pandas as pd
@@ -13,7 +13,7 @@ from torch import Tensor
 from ngcore.study.evidence import Measure, difference, mean_of, with_intervals
 from ngcore.study.figures import picture_rows
 from ngcore.study.methods import method_order
-from ngcore.study.runs import Record
+from ngcore.study.runs import Record, having
 from ngcore.study.tables import beside_published, load_reported, summarize
 from ngcore.tasks.editing_pictures import decode
 from ngcore.tasks.inr_editing import CONTROLS, METHODS
@@ -61,16 +61,12 @@ def against(
     """How much better editors are than controls (1e-2, above 0: better), INR by INR, with intervals."""
     rows = []
     for row in summarize(records, metric=f"{split}_mse", by=by, methods=METHODS)[list(by)].to_dict("records"):
-        own = _having(records, row)
+        own = having(records, **row)
         for control in [name for name in controls if row["method"] not in CONTROLS]:
             theirs = [r for r in records if r["config"]["method"] == control]
             value, low, high = difference(theirs, own, measure_of(split))
             rows.append(row | {"ahead_of": control, "difference": value, "low": low, "high": high})
     return pd.DataFrame(rows)
-
-
-def _having(records: Sequence[Record], fields: Mapping[str, object]) -> list[Record]:
-    return [r for r in records if all(r["config"][name] == value for name, value in fields.items())]
 
 
 def caption(what: str, records: Sequence[Record], profile: str) -> str:

@@ -11,6 +11,7 @@ import pandas as pd
 from jaxtyping import Float
 from scipy import stats
 
+from ngcore.study import runs
 from ngcore.study.evidence import LEVEL, Measure, difference, with_intervals
 from ngcore.study.runs import Record
 from ngcore.study.tables import describe_scale, summarize
@@ -24,8 +25,7 @@ PARK = "cifar10_wild_park"
 
 def having(records: Sequence[Record], **fields: Any) -> list[Record]:
     """Those of some records whose configs have these fields, and those of table 1 where nothing else is said."""
-    expected = TABLE_1 | fields
-    return [r for r in records if all(r["config"].get(name) == value for name, value in expected.items())]
+    return runs.having(records, **TABLE_1 | fields)
 
 
 def kendall(predicted: Float[np.ndarray, " n"], true: Float[np.ndarray, " n"]) -> float:

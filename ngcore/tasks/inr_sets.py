@@ -56,11 +56,6 @@ def data_of(parameters: Mapping[str, Any], dataset: str) -> INRData:
     return INRData(dataset, *counts, steps, rate)
 
 
-def by_probes(seeds: Mapping[str, int]) -> dict[int, int]:
-    """Number of probe features -> seeds, of a parameter, whose keys are strings."""
-    return {int(probes): count for probes, count in seeds.items()}
-
-
 def fit_inrs(data: INRData, *, workers: int | None = None, compiled: bool = False) -> dict[str, INRSet]:
     """The train, validation and test INRs; fitted where they are not stored yet.
 

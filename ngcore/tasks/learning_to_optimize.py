@@ -12,13 +12,14 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.axes import Axes
-from scipy.stats import kendalltau
 from torch import Tensor, nn
 
 from ngcore.digests import tensor_digest
 from ngcore.models.optimizers import LearnedOptimizer
 from ngcore.models.optimizers.files import provenance, shipped
 from ngcore.models.optimizers.problem import FIRST_SEED, Task, train_network
+from ngcore.study import runs
+from ngcore.study.claims import order_agreement
 from ngcore.study.methods import Method
 from ngcore.study.optimizer_figures import focus, step_curves
 from ngcore.study.run import Experiment, Job, Outcome
@@ -198,8 +199,7 @@ def best_learning_rate(records: Sequence[Record]) -> float:
 
 def having(records: Sequence[Record], **fields: Any) -> list[Record]:
     """Those of some records whose configs have these fields, of the paper's own task where nothing else is said."""
-    expected = {"variation": "none"} | fields
-    return [r for r in records if all(r["config"][name] == value for name, value in expected.items())]
+    return runs.having(records, **{"variation": "none"} | fields)
 
 
 def caption(what: str, records: Sequence[Record], profile: str, adam_rate: float) -> str:
@@ -283,7 +283,7 @@ def agreement(table: pd.DataFrame) -> pd.DataFrame:
     found = []
     for name, own in table.groupby("dataset", sort=False):
         rows, means = own.dropna(subset=["paper_mean"]), own.set_index("method")["mean"]
-        row = {"dataset": name, "tau": kendalltau(rows["mean"], rows["paper_mean"]).statistic, "rows": len(rows)}
+        row = {"dataset": name, "tau": order_agreement(own), "rows": len(rows)}
         best = [means[means.index.intersection(names)] for names in (GRAPH, NO_GRAPH)]
         if not any(each.empty for each in best):
             row |= {"graph": best[0].idxmax(), "other": best[1].idxmax(), "lead": best[0].max() - best[1].max()}
